@@ -1,0 +1,70 @@
+# Everything is made by the two commands of the README: `make figures` and `make test`.
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+# auto: MNIST if it is here or can be downloaded, else the embedded digits, which it says. mnist never falls back.
+DATASET ?= auto
+# A parameter file of one's own instead of notebooks/params/$(DATASET).yaml; figures go to figures/<its name>/.
+PARAMS ?=
+# Notebooks side by side when make was not told with -j; each takes one core and just under 1 GiB.
+JOBS ?= 2
+export PYTHONDONTWRITEBYTECODE = 1
+
+VENV := build/.venv
+RUN := $(VENV)/bin/python -m vaenb.execute
+# The environment is remade when what it is made from changes; told by content, since git sets the times of files.
+READY := $(VENV)/ready-$(shell cat pyproject.toml constraints.txt | cksum | tr -d ' ')
+
+.PHONY: help setup figures test lab lint clean refresh made
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@echo '  DATASET=auto|mnist|fashion|digits chooses the data, PARAMS=my.yaml your own parameters, -j2 two notebooks at once.'
+
+setup: $(READY)  ## the virtual environment in build/.venv, from pinned versions
+
+$(READY):
+	@rm -rf $(VENV) && mkdir -p build
+	@for candidate in $(PYTHON) python3 python3.13 python3.12 python3.11; do \
+	  if $$candidate -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; then found=$$candidate; break; fi; \
+	done; \
+	if [ -z "$$found" ]; then echo 'error: no Python 3.11, 3.12 or 3.13 found; name one with make PYTHON=/path/to/python' >&2; exit 1; fi; \
+	echo "setting up $(VENV) with $$($$found --version) (once; several gigabytes with PyTorch)"; \
+	$$found -m venv $(VENV)
+	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
+	@$(VENV)/bin/python -c 'import torch, torchvision'
+	@touch $@
+
+figures: setup  ## train what is missing, execute the notebooks, make the figures
+	@params="$(PARAMS)"; [ -n "$$params" ] || params=$$($(RUN) --dataset $(DATASET) --resolve) || exit 1; \
+	$(MAKE) --no-print-directory $(if $(findstring --jobserver,$(MAKEFLAGS)),,-j$(JOBS)) made PARAMS="$$params" && \
+	$(RUN) --params "$$params" --times
+
+# The long ones first, so that side by side they end together. Notebooks that want the same runs share them through the
+# run store in any order; only the comparison of the maps waits for theirs, so as not to compute them in one process.
+MAPS := 02_latent_maps-28 02_latent_maps-14 02_latent_maps-7
+BOOKS := 01_symptom $(MAPS) 03_bug_hunt 02_map_sizes
+.PHONY: $(BOOKS)
+made: $(BOOKS)
+02_map_sizes: $(MAPS)
+
+$(MAPS):
+	@$(RUN) --params "$(PARAMS)" 02_latent_maps latent_size=$(subst 02_latent_maps-,,$@)
+
+$(filter-out $(MAPS),$(BOOKS)):
+	@$(RUN) --params "$(PARAMS)" $@
+
+test: setup  ## unit, property and notebook tests; no network needed
+	@$(VENV)/bin/python -m pytest --nbval -n 2 -q
+
+lab: setup  ## JupyterLab on the notebooks
+	@$(VENV)/bin/python -m jupyter lab --notebook-dir=notebooks
+
+lint: setup  ## style and dead code
+	@$(VENV)/bin/python -m ruff check . && $(VENV)/bin/python -m ruff format --check .
+
+refresh: setup  ## execute the committed notebooks in place, on digits, as pytest --nbval compares them
+	@for book in notebooks/*.ipynb; do $(RUN) --in-place $$(basename $$book .ipynb) || exit 1; done
+
+clean:  ## delete build/: environment, runs, downloaded data, failed notebooks
+	@rm -rf build

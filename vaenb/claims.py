@@ -1,0 +1,50 @@
+"""What a notebook concludes: sentences with their numbers and a verdict, kept beside the figures."""
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from vaenb.runs import ROOT, write_atomically
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A prediction and what became of it.
+
+    Attributes:
+        id: experiment and number, such as ``E1.2``.
+        claim: the sentence, written before the measurement.
+        measured: the numbers that decide, with their uncertainty; JSON-able.
+        holds: whether they bear the sentence out. A prediction that failed stays, with False.
+    """
+
+    id: str
+    claim: str
+    measured: dict[str, Any]
+    holds: bool
+
+
+def figures_folder(dataset: str) -> Path:
+    """Where a notebook's figures and claims go: ``figures/<dataset>``, or ``$VAENB_FIGURES`` while make stages them."""
+    return Path(os.environ.get("VAENB_FIGURES") or ROOT / "figures" / dataset)
+
+
+def conclude(name: str, dataset: str, claims: list[Claim]) -> None:
+    """Print one verdict per line and write ``<name>.claims.json``.
+
+    The printed lines hold no measured digits: they are what must come out the same on another machine.
+    """
+    content = [{**asdict(claim), "holds": bool(claim.holds)} for claim in claims]
+    write_atomically(figures_folder(dataset) / f"{name}.claims.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    for claim in claims:
+        print(f"{claim.id}  {'holds' if claim.holds else 'DOES NOT HOLD'}  {claim.claim}")
+
+
+def lost(before: Path, now: Path) -> list[str]:
+    """Claims that held in one claims file and do not, or are missing, in another; as 'id sentence'."""
+    if not before.exists():
+        return []
+    holds = {claim["id"] for claim in json.loads(now.read_text()) if claim["holds"]} if now.exists() else set()
+    return [f"{c['id']} {c['claim']}" for c in json.loads(before.read_text()) if c["holds"] and c["id"] not in holds]

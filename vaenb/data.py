@@ -1,0 +1,208 @@
+"""Image data sets, verified by checksum and held as one uint8 tensor per split.
+
+``mnist`` and ``fashion`` come through torchvision; their files are looked for in ``$VAENB_DATA``, ``../shared/data`` and
+``build/data``, and downloaded if they are in none of them. ``digits`` (the handwritten digits that scikit-learn
+carries) needs no network. A folder that is given is only read: verified files are copied to ``build/data``.
+"""
+
+import functools
+import hashlib
+import os
+import socket
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vaenb.runs import ROOT, build_folder, write_atomically
+
+TITLES = {
+    "mnist": "MNIST",
+    "fashion": "Fashion-MNIST",
+    "digits": "scikit-learn digits (8×8 scans enlarged to 28×28), the embedded stand-in for MNIST",
+}
+DOWNLOAD_TIMEOUT = 20.0  # seconds without an answer
+
+
+class DataError(Exception):
+    """The data set cannot be had, or a file of it is not what it should be."""
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """A labelled image data set.
+
+    Attributes:
+        name: one of ``TITLES``.
+        train, test: images, uint8, (N, C, H, W).
+        train_labels, test_labels: classes, int64, (N,).
+        fingerprint: hash of all pixels and labels; two sets with the same fingerprint are the same data.
+    """
+
+    name: str
+    train: Tensor
+    test: Tensor
+    train_labels: Tensor
+    test_labels: Tensor
+    fingerprint: str
+
+    @property
+    def title(self) -> str:
+        """How captions call the data set."""
+        return TITLES[self.name]
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one image."""
+        return tuple(self.train.shape[1:])
+
+
+@functools.lru_cache(maxsize=2)
+def load(name: str) -> ImageSet:
+    """Load a data set by name.
+
+    Raises:
+        DataError: unknown name; no copy found and none downloadable; a file that does not match its checksum.
+    """
+    if name not in TITLES:
+        raise DataError(f"unknown data set {name!r}: choose one of {', '.join(TITLES)}")
+    tensors = _load_digits() if name == "digits" else _load_torchvision(name)
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(repr((tuple(tensor.shape), tensor.dtype)).encode())
+        digest.update(tensor.numpy().tobytes())
+    return ImageSet(name, *tensors, fingerprint=digest.hexdigest()[:16])
+
+
+def resolve(name: str) -> str:
+    """The data set that ``auto`` means on this machine: MNIST if it is here or can be fetched, else the embedded digits.
+
+    Any other name stands for itself and never falls back. The choice of ``digits`` is announced on standard error.
+
+    Raises:
+        DataError: unknown name; MNIST is here but damaged (a damaged file is never a reason to use other data).
+    """
+    if name != "auto":
+        if name not in TITLES:
+            raise DataError(f"unknown data set {name!r}: choose auto or one of {', '.join(TITLES)}")
+        return name
+    try:
+        _raw_folder("mnist")
+    except _Unreachable as error:
+        print(
+            "=" * 100 + f"\nMNIST is not here and could not be fetched ({error}).\n"
+            f"FALLING BACK to {TITLES['digits']}.\nEvery figure says so. To insist on MNIST: make figures DATASET=mnist\n"
+            + "=" * 100,
+            file=sys.stderr,
+            flush=True,
+        )
+        return "digits"
+    return "mnist"
+
+
+def binarise(pixels: Tensor, uniform: Tensor) -> Tensor:
+    """Binary images: each pixel is one with probability grey value / 255 (Salakhutdinov & Murray 2008).
+
+    Args:
+        pixels: uint8, (N, C, H, W).
+        uniform: uniform on [0, 1), the same shape.
+    """
+    return (uniform < pixels.float() / 255).float()
+
+
+class _Unreachable(DataError):
+    """No copy here, and none could be downloaded."""
+
+
+def _load_digits() -> tuple[Tensor, ...]:
+    """1,797 digits of 8×8 pixels (0..16), enlarged to 28×28; every ninth is a test image (198), the rest train."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    small = torch.from_numpy(digits.images).float()[:, None] / 16
+    images = torch.nn.functional.interpolate(small, size=(28, 28), mode="bicubic", align_corners=False)
+    images = (images.clamp(0, 1) * 255).round().to(torch.uint8)
+    labels = torch.from_numpy(digits.target).long()
+    test = torch.arange(len(images)) % 9 == 4
+    return images[~test], images[test], labels[~test], labels[test]
+
+
+def _torchvision_class(name: str) -> type:
+    from torchvision import datasets
+
+    return {"mnist": datasets.MNIST, "fashion": datasets.FashionMNIST}[name]
+
+
+def _load_torchvision(name: str) -> tuple[Tensor, ...]:
+    cls = _torchvision_class(name)
+    raw = _raw_folder(name)
+    # torchvision trusts unpacked files that it finds, so it is shown nothing but links to the verified archives.
+    with tempfile.TemporaryDirectory(prefix="vaenb-") as scratch:
+        view = Path(scratch, cls.__name__, "raw")
+        view.mkdir(parents=True)
+        for archive, _ in cls.resources:
+            os.symlink(raw / archive, view / archive)
+        train, test = (cls(scratch, train=split, download=True) for split in (True, False))
+    return train.data[:, None], test.data[:, None], train.targets, test.targets
+
+
+def _raw_folder(name: str) -> Path:
+    """The folder with verified archives of a torchvision data set; copied or downloaded there if need be.
+
+    Raises:
+        DataError: a file does not match its checksum.
+    """
+    cls = _torchvision_class(name)
+    own = build_folder() / "data" / cls.__name__ / "raw"
+    given = [Path(os.environ["VAENB_DATA"])] if os.environ.get("VAENB_DATA") else []
+    for base in [*given, ROOT.parent / "shared" / "data", own.parents[1]]:
+        for folder in (base / cls.__name__ / "raw", base / cls.__name__, base):
+            if all((folder / archive).is_file() for archive, _ in cls.resources):
+                for archive, md5 in cls.resources:
+                    content = _verified(folder / archive, md5)
+                    if folder != own and not (own / archive).is_file():
+                        write_atomically(own / archive, content)
+                return folder
+    if given:
+        print(f"{given[0]} holds no complete {cls.__name__} (four .gz files): looked for it elsewhere", file=sys.stderr)
+    _download(cls, own)
+    return own
+
+
+def _verified(path: Path, md5: str) -> bytes:
+    content = path.read_bytes()
+    if (actual := hashlib.md5(content, usedforsecurity=False).hexdigest()) != md5:
+        raise DataError(
+            f"{path} is damaged: its MD5 checksum is {actual}, expected {md5}. Delete the file or replace it by a good "
+            "copy, then run the same command again; nothing was trained on it"
+        )
+    return content
+
+
+def _download(cls: type, own: Path) -> None:
+    """Download and verify with torchvision in a scratch folder, then move the archives to ``own``."""
+    own.mkdir(parents=True, exist_ok=True)
+    default = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
+    try:
+        with tempfile.TemporaryDirectory(prefix=".download-", dir=own.parents[1]) as scratch:
+            cls(scratch, download=True)
+            for archive, _ in cls.resources:
+                os.replace(Path(scratch, cls.__name__, "raw", archive), own / archive)
+    except (OSError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise _Unreachable(
+            f"{cls.__name__} is in none of $VAENB_DATA, ../shared/data, build/data, and the download failed: {reason}"
+        ) from error
+    finally:
+        socket.setdefaulttimeout(default)
+
+
+if __name__ == "__main__":
+    try:
+        print(resolve(sys.argv[1]))
+    except DataError as error:
+        sys.exit(f"error: {error}")

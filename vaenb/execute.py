@@ -1,0 +1,244 @@
+"""Executes the notebooks with papermill, all or nothing: ``python -m vaenb.execute 02_latent_maps latent_size=7``.
+
+A notebook runs in a staging folder. If it succeeds, its figures, claims and executed copy move to ``figures/<name of the
+parameter file>/``; if it fails, what it got to is kept in ``build/failed`` and no figure changes. What is already made
+from the same notebook, parameters, package source and pinned versions is not made again; that is told by content, since
+git and clocks set the times of files as they like.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vaenb import claims
+from vaenb.runs import ROOT, DiskFull, build_folder, exclusive, sha256, write_atomically
+
+NOTEBOOKS = ROOT / "notebooks"
+
+
+class ExecutionError(Exception):
+    """Something that the user can mend; the message says what and how."""
+
+
+def parameter_file(dataset: str) -> Path:
+    """The parameter file of a data set; ``auto`` is MNIST if it is here or can be fetched, else the embedded digits."""
+    if dataset == "auto":
+        cached = list((build_folder() / "data" / "MNIST" / "raw").glob("*-ubyte.gz"))
+        if len(cached) == 4:  # saves loading PyTorch to find out
+            dataset = "mnist"
+        else:
+            from vaenb import data
+
+            try:
+                dataset = data.resolve(dataset)
+            except data.DataError as error:
+                raise ExecutionError(str(error)) from None
+    path = NOTEBOOKS / "params" / f"{dataset}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(path.stem for path in (NOTEBOOKS / "params").glob("*.yaml")))
+        raise ExecutionError(f"unknown data set {dataset!r}: choose auto or one of {known}, or name your own file with PARAMS=")
+    return path
+
+
+def parameters_for(notebook: str, path: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """What to inject into a notebook: the file's shared values that it has, its own section, and the overrides.
+
+    Raises:
+        ExecutionError: the file is not a YAML mapping, or has a parameter or section that no notebook has.
+    """
+    try:
+        content = yaml.safe_load(path.read_text()) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ExecutionError(f"cannot read the parameters in {path}: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise ExecutionError(f"{path} holds a {type(content).__name__}: expected lines of the form 'name: value'")
+    has = {source.stem: _parameter_names(source) for source in sorted(NOTEBOOKS.glob("*.ipynb"))}
+    sections = {key: value or {} for key, value in content.items() if key in has}
+    shared = {key: value for key, value in content.items() if key not in has}
+    for key in shared:
+        if not any(key in names for names in has.values()):
+            known = ", ".join(sorted(set().union(*has.values())))
+            raise ExecutionError(f"{path}: no notebook has a parameter {key!r}; there are {known}, and sections {', '.join(has)}")
+    for section, values in [*sections.items(), (notebook, overrides)]:
+        for key in values:
+            if key not in has[section]:
+                raise ExecutionError(f"notebook {section} has no parameter {key!r} (in {path} or on the command line); "
+                                     f"it has {', '.join(sorted(has[section]))}")
+    return {**{k: v for k, v in shared.items() if k in has[notebook]}, **sections.get(notebook, {}), **overrides}
+
+
+def execute(notebook: str, path: Path, overrides: Mapping[str, Any]) -> bool:
+    """Make a notebook's figures if they are not up to date; True if it ran.
+
+    Args:
+        notebook: name without suffix.
+        path: parameter file; its stem names the folder under ``figures/``.
+        overrides: further parameters; their values become part of the outputs' names.
+
+    Raises:
+        ExecutionError: unknown notebook or parameter, missing kernel, a cell that failed, a claim that was lost.
+    """
+    source = NOTEBOOKS / f"{notebook}.ipynb"
+    if not source.is_file():
+        raise ExecutionError(f"there is no notebook {notebook!r} in {NOTEBOOKS}")
+    name = "_".join([notebook, *map(str, overrides.values())])
+    target, stamp = ROOT / "figures" / path.stem, build_folder() / "stamps" / path.stem / f"{name}.json"
+    with exclusive(stamp.with_suffix(".lock")):
+        key = _key(source, path, overrides)
+        before = _read_stamp(stamp)
+        if before.get("key") == key and all(_matches(ROOT / file, digest) for file, digest in before["outputs"].items()):
+            return False
+        parameters = parameters_for(notebook, path, overrides)
+        print(f"{name}: running with {parameters}", file=sys.stderr, flush=True)
+        started = time.monotonic()
+        staging = build_folder() / "staging" / path.stem / name
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        copy = staging / f"{name}.ipynb"
+        try:
+            _papermill(source, copy, parameters, staging)
+            if gone := claims.lost(target / f"{name}.claims.json", staging / f"{name}.claims.json"):
+                raise ExecutionError(
+                    f"{name} no longer reproduces what {target / f'{name}.claims.json'} claims: {'; '.join(gone)}. If that is "
+                    "right, delete that file and run the same command again"
+                )
+        except ExecutionError as error:
+            failed = build_folder() / "failed" / path.stem
+            failed.mkdir(parents=True, exist_ok=True)
+            if copy.exists():
+                os.replace(copy, failed / copy.name)
+            raise ExecutionError(f"{error}\n{name} was not made; how far it got: {failed / copy.name}") from None
+        outputs = {}
+        target.mkdir(parents=True, exist_ok=True)
+        for file in sorted(staging.iterdir()):
+            outputs[str((target / file.name).relative_to(ROOT))] = sha256(file)
+            os.replace(file, target / file.name)
+        for file in set(before.get("outputs", {})) - set(outputs):  # a figure that the notebook no longer makes
+            (ROOT / file).unlink(missing_ok=True)
+        staging.rmdir()
+        seconds = round(time.monotonic() - started, 1)
+        write_atomically(stamp, json.dumps({"key": key, "seconds": seconds, "outputs": outputs}, indent=1) + "\n")
+        print(f"{name}: done in {seconds:.0f} s", file=sys.stderr, flush=True)
+    return True
+
+
+def refresh(notebook: str) -> None:
+    """Execute a notebook in place with its own default parameters, as it is committed."""
+    source = NOTEBOOKS / f"{notebook}.ipynb"
+    staging = build_folder() / "staging" / "in-place" / notebook
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    _papermill(source, staging / source.name, {}, staging)
+    os.replace(staging / source.name, source)
+    shutil.rmtree(staging)
+
+
+def times(path: Path) -> str:
+    """How long each notebook of a parameter file took when it last ran."""
+    stamps = sorted((build_folder() / "stamps" / path.stem).glob("*.json"))
+    rows = [(stamp.stem, _read_stamp(stamp).get("seconds", 0.0)) for stamp in stamps]
+    return "\n".join(f"{seconds:8.1f} s  {name}" for name, seconds in rows)
+
+
+def _papermill(source: Path, copy: Path, parameters: dict[str, Any], staging: Path) -> None:
+    import nbformat
+    import papermill
+    from jupyter_client.kernelspec import NoSuchKernel
+
+    os.environ.update(VAENB_FIGURES=str(staging), JUPYTER_PREFER_ENV_PATH="1")
+    os.environ.setdefault("VAENB_PROGRESS", "plain")
+    try:
+        papermill.execute_notebook(
+            source, copy, parameters, kernel_name="python3", cwd=NOTEBOOKS, progress_bar=False, stderr_file=sys.stderr
+        )
+    except NoSuchKernel:
+        raise ExecutionError(
+            "the Jupyter kernel 'python3' is missing from this environment: reinstall it with make clean and make figures"
+        ) from None
+    except papermill.PapermillExecutionError as error:
+        raise ExecutionError(f"{source.name}, cell {error.exec_count}: {error.ename}: {error.evalue}") from None
+    book = nbformat.read(copy, as_version=4)
+    book.metadata = {"kernelspec": book.metadata.kernelspec, "language_info": {"name": "python"}}
+    for cell in book.cells:
+        cell.metadata = {"tags": cell.metadata["tags"]} if cell.metadata.get("tags") else {}
+        if cell.cell_type == "code":  # progress is for whoever watches, not for readers
+            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+    write_atomically(copy, nbformat.writes(book) + "\n")
+
+
+def _parameter_names(source: Path) -> set[str]:
+    import papermill
+
+    return set(papermill.inspect_notebook(source))
+
+
+def _key(source: Path, path: Path, overrides: Mapping[str, Any]) -> str:
+    """Hash of everything that a notebook's output depends on, without loading any of it."""
+    cells = [(cell["cell_type"], "".join(cell["source"])) for cell in json.loads(source.read_text())["cells"]]
+    digest = hashlib.sha256(json.dumps([cells, dict(overrides)], sort_keys=True).encode())
+    for file in [path, ROOT / "constraints.txt", *sorted((ROOT / "vaenb").glob("*.py"))]:
+        try:
+            digest.update(file.read_bytes())
+        except OSError as error:
+            raise ExecutionError(f"cannot read {file}: {error.strerror}") from None
+    return digest.hexdigest()
+
+
+def _read_stamp(stamp: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(stamp.read_text())
+        return content if isinstance(content.get("outputs"), dict) else {}
+    except (OSError, ValueError, AttributeError):
+        return {}
+
+
+def _matches(file: Path, digest: str) -> bool:
+    return file.is_file() and sha256(file) == digest
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line of the Makefile."""
+    parser = argparse.ArgumentParser(prog="python -m vaenb.execute", description=__doc__.split("\n\n")[0])
+    parser.add_argument("notebook", nargs="?", help="name without suffix, such as 02_latent_maps")
+    parser.add_argument("parameter", nargs="*", help="name=value, in YAML")
+    parser.add_argument("--dataset", default="auto", help="which of notebooks/params to use (default: auto)")
+    parser.add_argument("--params", type=Path, help="a parameter file of one's own instead")
+    parser.add_argument("--in-place", action="store_true", help="execute the committed notebook itself, with its defaults")
+    parser.add_argument("--resolve", action="store_true", help="only print the parameter file that would be used")
+    parser.add_argument("--times", action="store_true", help="only print how long each notebook took")
+    options = parser.parse_args(arguments)
+    try:
+        path = options.params or parameter_file(options.dataset)
+        overrides = {}
+        for assignment in options.parameter:
+            name, equals, value = assignment.partition("=")
+            if not equals:
+                raise ExecutionError(f"{assignment!r}: expected name=value")
+            overrides[name] = yaml.safe_load(value)
+        if options.resolve:
+            print(path)
+        elif options.times:
+            print(times(path))
+        elif options.notebook is None:
+            parser.error("name a notebook")
+        elif options.in_place:
+            refresh(options.notebook)
+        else:
+            execute(options.notebook, path, overrides)
+    except KeyboardInterrupt:
+        sys.exit("interrupted: finished runs and checkpoints are kept, the same command goes on from there")
+    except (ExecutionError, DiskFull) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,194 @@
+"""Variational autoencoders that share their trunks and differ only in the bottleneck.
+
+    spatial   the latent is a map (C, h, w); convolutions alone lead to it and from it (the post's FCNN-VAE)
+    dense     the latent is a vector (d,); fully connected layers lead to it and from it (the post's FC-VAE)
+    mixed     the map of ``spatial`` with one linear layer across its positions on each side
+
+``encode`` and ``decode`` return torch distributions, so the bound on log p(x) is one line:
+``model.decode(z).log_prob(x) - kl_divergence(model.encode(x), model.prior())`` (Kingma & Welling 2014).
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributions import Bernoulli, Independent, Normal, kl_divergence
+
+ARMS = ("spatial", "dense", "mixed")
+STRIDES = (1, 2, 4)
+
+
+class ImageSizeError(ValueError):
+    """An image is smaller than the stride, or not of the one size that a model with global layers was made for."""
+
+
+class SubpixelUp(nn.Module):
+    """Doubles height and width; the same linear maps as ``ConvTranspose2d(kernel_size=4, stride=2, padding=1)``.
+
+    Each output pixel sees 2×2 inputs, a different kernel for each of the four phases: a 2×2 convolution to 4·C channels
+    and a shuffle (Shi et al. 2016). With one output channel this runs several times as fast on a CPU.
+    """
+
+    def __init__(self, channels_in: int, channels_out: int):
+        super().__init__()
+        self.phases = nn.Conv2d(channels_in, 4 * channels_out, kernel_size=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, C_in, H, W) -> (N, C_out, 2H, 2W)
+        return F.pixel_shuffle(self.phases(x), 2)[..., 1:-1, 1:-1]
+
+
+class AcrossPositions(nn.Linear):
+    """One linear layer across the positions of a map, the same for every channel: the smallest global layer."""
+
+    def __init__(self, height: int, width: int):
+        super().__init__(height * width, height * width)
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, C, h, w) -> (N, C, h, w)
+        return super().forward(x.flatten(2)).view_as(x)
+
+
+class VAE(nn.Module):
+    """Encoder trunk, bottleneck, decoder trunk, Bernoulli pixels.
+
+    Args:
+        arm: ``spatial``, ``dense`` or ``mixed``.
+        image_shape: (C, H, W) of the training images. ``spatial`` takes images of any other size as well.
+        stride: pixels per position of the map along each axis: 4, 2 or 1 (7×7, 14×14 or 28×28 for a 28×28 image).
+        latent_channels: channels of the map.
+        latents: length of the vector of ``dense``; by default as many as the map would have.
+        hidden: channels of the two stages of the trunks, the outer one first.
+
+    Raises:
+        ValueError: unknown arm or stride, ``latents`` given for a map.
+        ImageSizeError: the images are smaller than the stride.
+    """
+
+    def __init__(
+        self,
+        arm: str = "spatial",
+        image_shape: tuple[int, int, int] = (1, 28, 28),
+        stride: int = 4,
+        latent_channels: int = 1,
+        latents: int | None = None,
+        hidden: tuple[int, int] = (16, 32),
+    ):
+        super().__init__()
+        if arm not in ARMS:
+            raise ValueError(f"unknown arm {arm!r}: choose one of {', '.join(ARMS)}")
+        if stride not in STRIDES:
+            raise ValueError(f"unknown stride {stride}: choose one of {STRIDES}")
+        if latents is not None and arm != "dense":
+            raise ValueError(f"latents={latents} is for the dense arm; {arm} has latent_channels per position of its map")
+        self.arm, self.image_shape, self.stride, self.latent_channels = arm, tuple(image_shape), stride, latent_channels
+        channels, outer, inner = image_shape[0], *hidden
+        height, width = self.grid(image_shape[1:])
+        self.encoder = nn.Sequential(
+            _down(channels, outer, stride == 4), nn.GELU(), _down(outer, inner, stride >= 2), nn.GELU()
+        )
+        self.decoder = nn.Sequential(
+            nn.GELU(), _up(inner, outer, stride >= 2), nn.GELU(), _up(outer, channels, stride == 4)
+        )
+        if arm == "dense":
+            self.latent_shape = (latents or latent_channels * height * width,)
+            flat = inner * height * width
+            self.to_latent = nn.Sequential(nn.Flatten(), nn.Linear(flat, 2 * self.latent_shape[0]))
+            self.from_latent = nn.Sequential(nn.Linear(self.latent_shape[0], flat), nn.Unflatten(1, (inner, height, width)))
+        else:
+            self.latent_shape = (latent_channels, height, width)
+            across = [AcrossPositions(height, width) for _ in range(2)] if arm == "mixed" else [nn.Identity()] * 2
+            self.to_latent = nn.Sequential(nn.Conv2d(inner, 2 * latent_channels, 3, padding=1), across[0])
+            self.from_latent = nn.Sequential(across[1], nn.Conv2d(latent_channels, inner, 3, padding=1))
+
+    def grid(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Height and width of the map of an image of this size, rounded up to whole positions.
+
+        Raises:
+            ImageSizeError: the image is smaller than the stride.
+        """
+        if min(size) < self.stride:
+            raise ImageSizeError(f"an image of {size[0]}×{size[1]} pixels is smaller than the stride of {self.stride}")
+        return math.ceil(size[0] / self.stride), math.ceil(size[1] / self.stride)
+
+    def encode(self, x: Tensor) -> Independent:
+        """q(z|x): a Gaussian with diagonal covariance over (N, *latent shape).
+
+        Args:
+            x: images with values in [0, 1], (N, C, H, W); padded by their edge pixels to a multiple of the stride.
+
+        Raises:
+            ImageSizeError: smaller than the stride, or another size than ``dense`` and ``mixed`` were made for.
+        """
+        height, width = self.grid(tuple(x.shape[-2:]))
+        self._check_grid((height, width))
+        padding = (0, width * self.stride - x.shape[-1], 0, height * self.stride - x.shape[-2])
+        if any(padding):
+            x = F.pad(x, padding, mode="replicate")
+        mean, log_variance = self.to_latent(self.encoder(x)).chunk(2, dim=1)
+        return Independent(Normal(mean, (0.5 * log_variance).exp(), validate_args=False), mean.ndim - 1, validate_args=False)
+
+    def decode(self, z: Tensor, size: tuple[int, int] | None = None) -> Independent:
+        """p(x|z): independent Bernoulli pixels over (N, C, H, W).
+
+        Args:
+            z: latents, (N, C, h, w), or (N, d) for ``dense``.
+            size: height and width to crop to; by default the training size for the training grid, else the whole canvas.
+
+        Raises:
+            ValueError: latents of the wrong shape.
+        """
+        if z.ndim != 1 + len(self.latent_shape) or z.shape[1] != self.latent_shape[0]:
+            raise ValueError(f"latents of shape {tuple(z.shape)}: expected (N, {', '.join(map(str, self.latent_shape))})")
+        if self.arm != "dense":
+            self._check_grid(tuple(z.shape[-2:]))
+        if size is None and tuple(z.shape[1:]) == self.latent_shape:
+            size = self.image_shape[1:]
+        logits = self.decoder(self.from_latent(z))
+        if size is not None:
+            logits = logits[..., : size[0], : size[1]]
+        return Independent(Bernoulli(logits=logits, validate_args=False), 3, validate_args=False)
+
+    def prior(self, size: tuple[int, int] | None = None) -> Independent:
+        """p(z) = N(0, I) over the latent shape of one image of the given size (default: the training size)."""
+        shape = self.latent_shape
+        if size is not None and self.arm != "dense":
+            shape = (self.latent_channels, *self.grid(size))
+        reference = next(self.parameters())
+        zeros = torch.zeros(shape, device=reference.device, dtype=reference.dtype)
+        return Independent(Normal(zeros, torch.ones_like(zeros), validate_args=False), len(shape), validate_args=False)
+
+    def forward(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Rate KL(q(z|x) ‖ p(z)) and distortion −log p(x|z) of each image, (N,) each, in nats: −ELBO is their sum.
+
+        Args:
+            x: binary images, (N, C, H, W).
+            noise: standard normal, (N, *latent shape).
+        """
+        q, size = self.encode(x), (x.shape[-2], x.shape[-1])
+        rate = kl_divergence(q, self.prior(size).expand(q.batch_shape))
+        return rate, -self.decode(reparametrise(q, noise), size).log_prob(x)
+
+    def _check_grid(self, grid: tuple[int, int]) -> None:
+        expected = self.grid(self.image_shape[1:])
+        if self.arm != "spatial" and grid != expected:
+            raise ImageSizeError(
+                f"the {self.arm} arm was made for {self.image_shape[1]}×{self.image_shape[2]} images (a grid of {expected}), "
+                f"not for a grid of {grid}: its layers across positions have one size; use the spatial arm"
+            )
+
+
+def _down(channels_in: int, channels_out: int, halve: bool) -> nn.Module:
+    if halve:
+        return nn.Conv2d(channels_in, channels_out, kernel_size=4, stride=2, padding=1)
+    return nn.Conv2d(channels_in, channels_out, kernel_size=3, padding=1)
+
+
+def _up(channels_in: int, channels_out: int, double: bool) -> nn.Module:
+    if double:
+        return SubpixelUp(channels_in, channels_out)
+    return nn.Conv2d(channels_in, channels_out, kernel_size=3, padding=1)
+
+
+def reparametrise(q: Independent, noise: Tensor) -> Tensor:
+    """z = μ + σ·ε, differentiable in μ and σ (Kingma & Welling 2014); ``noise``: standard normal, the shape of z."""
+    return q.mean + q.base_dist.scale * noise

@@ -1,0 +1,193 @@
+"""The run store: whatever takes long to compute is computed once and found again by what it depends on.
+
+An entry is a folder under ``build/runs`` whose name ends in a hash of its *spec* (a JSON-able description) and of the
+source of the modules that compute it. So editing a model makes new entries and editing a plot makes none. An entry
+appears under its final name only when it is complete, one process at a time computes it, what an interrupted process
+left is handed to the next one, and a folder whose files do not match their checksums is set aside and never used.
+"""
+
+import ast
+import errno
+import hashlib
+import inspect
+import json
+import os
+import platform
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+ROOT = Path(__file__).resolve().parents[1]
+CHECKSUMS = "SHA256SUMS"  # in the format of sha256sum(1), so that anybody can check an entry
+
+
+class Busy(Exception):
+    """Another process is computing the entry."""
+
+
+class DiskFull(OSError):
+    """Nothing is lost: the file that did not fit has been removed, what was complete before is still there."""
+
+
+def build_folder() -> Path:
+    """Where everything that can be made again lives: ``build/`` in the checkout, or ``$VAENB_BUILD``."""
+    return Path(os.environ.get("VAENB_BUILD") or ROOT / "build")
+
+
+def write_atomically(path: Path, content: bytes | str) -> None:
+    """Write a whole file or nothing: the content goes to a temporary neighbour, to the disk, and then to its name.
+
+    Raises:
+        DiskFull: the device or quota has no room; the temporary file is gone and an older ``path`` is untouched.
+    """
+    content = content.encode() if isinstance(content, str) else content
+    temporary = path.with_name(f".{path.name}-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFull(
+                error.errno,
+                f"no space left on the device for {path} ({len(content):,} bytes): free some space and run the same "
+                "command again, it goes on from the last complete file",
+            ) from error
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sha256(path: Path) -> str:
+    """The file's SHA-256 in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def code_of(module: ModuleType) -> str:
+    """A module's source without comments, docstrings and layout: what can change a result, and nothing else."""
+    tree = ast.parse(inspect.getsource(module))
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
+            node.body = body[1:] or [ast.Pass()]
+    return ast.unparse(tree)
+
+
+def key(spec: Mapping[str, Any], modules: Sequence[ModuleType]) -> str:
+    """Hash of what an entry depends on: 16 hexadecimal digits."""
+    parts = [json.dumps(spec, sort_keys=True), *(code_of(module) for module in modules)]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def entry(
+    label: str,
+    spec: Mapping[str, Any],
+    modules: Sequence[ModuleType],
+    make: Callable[[Path], Mapping[str, Any]],
+    wait: bool = True,
+) -> Path:
+    """The folder of a finished entry; computed by ``make`` if it is not in the store yet.
+
+    Args:
+        label: what people read at the start of the folder's name.
+        spec: everything the content depends on besides source code; JSON-able.
+        modules: modules whose source the content depends on.
+        make: fills the folder that it is given and returns a JSON-able summary for ``run.json``. It may find there what
+            an interrupted call left, and should go on from that.
+        wait: for another process that computes the same entry, rather than raise ``Busy``.
+
+    Raises:
+        Busy: another process computes this entry, and ``wait`` is False.
+        DiskFull: no space left; what was complete stays for the next call.
+    """
+    name = f"{label}-{key(spec, modules)}"
+    store = build_folder() / "runs"
+    folder, partial = store / name, store / f"{name}.partial"
+    if folder.is_dir() and not problem_with(folder, spec):
+        return folder
+    with exclusive(store / ".locks" / f"{name}.lock", wait):
+        if folder.exists():
+            if not (problem := problem_with(folder, spec)):
+                return folder  # another process finished it meanwhile
+            aside = _set_aside(folder)
+            warnings.warn(f"{folder} is damaged ({problem}): moved to {aside}, computing it again", stacklevel=3)
+        partial.mkdir(parents=True, exist_ok=True)
+        summary = make(partial)
+        run = {"label": label, "spec": spec, "summary": summary, "environment": _environment()}
+        write_atomically(partial / "run.json", json.dumps(run, indent=1, sort_keys=True) + "\n")
+        for leftover in [*partial.glob(".*"), partial / CHECKSUMS]:  # of a process that was killed while it wrote
+            leftover.unlink(missing_ok=True)
+        files = sorted(partial.iterdir())
+        write_atomically(partial / CHECKSUMS, "".join(f"{sha256(path)}  {path.name}\n" for path in files))
+        os.replace(partial, folder)
+    return folder
+
+
+def problem_with(folder: Path, spec: Mapping[str, Any]) -> str | None:
+    """Why an entry must not be used, in words; None when every file matches its checksum and the spec is the right one."""
+    try:
+        lines = (folder / CHECKSUMS).read_text().splitlines()
+        sums = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
+        present = {path.name for path in folder.iterdir()} - {CHECKSUMS}
+        if present != set(sums):
+            return f"files {sorted(present ^ set(sums))} are missing or were not there when it was finished"
+        if damaged := [name for name, digest in sums.items() if sha256(folder / name) != digest]:
+            return f"{', '.join(damaged)} no longer matches its checksum"
+        if json.loads((folder / "run.json").read_text())["spec"] != json.loads(json.dumps(spec)):
+            return "run.json describes another run"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The entry's ``run.json``: label, spec, summary and the environment it was computed in."""
+    return json.loads((folder / "run.json").read_text())
+
+
+def _set_aside(folder: Path) -> Path:
+    damaged = folder.parent / "damaged"
+    damaged.mkdir(exist_ok=True)
+    target = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", dir=damaged)) / folder.name
+    os.replace(folder, target)
+    return target
+
+
+@contextmanager
+def exclusive(path: Path, wait: bool = True) -> Iterator[None]:
+    """Hold a file lock, and say so when that means waiting. The system releases it when its holder dies, however.
+
+    Raises:
+        Busy: another process holds it, and ``wait`` is False.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        if not wait:
+            raise Busy(f"another process computes {path.stem}") from None
+        if os.environ.get("VAENB_PROGRESS") != "off":
+            print(f"waiting for another process that computes {path.stem}", file=sys.stderr, flush=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _environment() -> dict[str, str]:
+    packages = {name: version(name) for name in ("torch", "numpy")}
+    return {"python": platform.python_version(), "machine": platform.machine(), "system": platform.system(), **packages}
