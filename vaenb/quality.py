@@ -12,38 +12,14 @@ from scipy import ndimage, stats
 from torch import Tensor
 
 from vaenb.data import ImageSet, binarise
-from vaenb.models import VAE, reparametrise
-
-BATCH = 500  # images through a model at once: bounds the memory, and does not change results
-
-
-@torch.no_grad()
-def rate_and_distortion(model: VAE, images: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """KL(q(z|x) ‖ p(z)) and −log p(x|z), one binarisation and one latent draw per image.
-
-    Args:
-        images: uint8, (N, C, H, W).
-        seed: of binarisation and latent noise; the same seed gives every model the same binary images.
-
-    Returns:
-        Two tensors (N,), nats per image, on the CPU. Their sum is −ELBO (Kingma & Welling 2014).
-    """
-    device = next(model.parameters()).device
-    pixels, noise = _generators(seed)
-    parts = []
-    for batch in images.split(BATCH):
-        x = binarise(batch, torch.rand(batch.shape, generator=pixels)).to(device)
-        parts.append(model(x, torch.randn(len(x), *model.latent_shape, generator=noise).to(device)))
-    rates, distortions = zip(*parts, strict=True)
-    return torch.cat(rates).cpu(), torch.cat(distortions).cpu()
-
+from vaenb.models import BATCH, VAE, evaluate, noise_sources, reparametrise
 
 @torch.no_grad()
 def log_weights(model: VAE, images: Tensor, k: int, seed: int = 0) -> Tensor:
     """log p(x, z_i) / q(z_i|x) for k draws z_i ~ q(z|x) of each image: the mean over draws estimates the ELBO.
 
     Args:
-        images: uint8, (N, C, H, W); binarised once each, as in ``rate_and_distortion`` with the same seed.
+        images: uint8, (N, C, H, W); binarised once each, as in ``models.evaluate`` with the same seed.
         k: draws per image.
 
     Returns:
@@ -55,7 +31,7 @@ def log_weights(model: VAE, images: Tensor, k: int, seed: int = 0) -> Tensor:
     if k < 1:
         raise ValueError(f"k={k}: the importance-weighted bound needs at least one draw per image")
     device = next(model.parameters()).device
-    pixels, noise = _generators(seed)
+    pixels, noise = noise_sources(seed)
     parts = []
     for batch in images.split(BATCH):
         x = binarise(batch, torch.rand(batch.shape, generator=pixels)).to(device)
@@ -88,24 +64,26 @@ def bounds(model: VAE, images: ImageSet, k: int = 100, subset: int = 2000) -> di
     the bound itself). ``standard_error`` is that of the slack, the only part that the subset makes uncertain.
     """
     means = elbo(model, images)
-    chosen = torch.randperm(len(images.test), generator=torch.Generator().manual_seed(0))[:subset]
-    weights = log_weights(model, images.test[chosen], k)
+    weights = log_weights(model, images.test[_choose(len(images.test), subset)], k)
     slack = (-weights.mean(dim=0) - negative_log_likelihood(weights)).double()
     nll = means["negative_elbo"] - slack.mean().item()
     error = (slack.std() / math.sqrt(len(slack))).item() if len(slack) < len(images.test) else 0.0
     return {**means, "negative_log_likelihood": nll, "k": k, "subset": len(slack), "standard_error": error}
 
 
-def elbo(model: VAE, images: ImageSet, split: str = "test", limit: int | None = None) -> dict[str, Any]:
-    """Means over the first ``limit`` images of a split, nats per image: ``rate``, ``distortion``, ``negative_elbo``."""
-    return _means(*rate_and_distortion(model, getattr(images, split)[:limit]))
+def elbo(model: VAE, images: ImageSet, split: str = "test", subset: int | None = None) -> dict[str, Any]:
+    """Means over a split, or a random subset of it, in nats per image: ``rate``, ``distortion``, ``negative_elbo``."""
+    pixels = getattr(images, split)
+    rate, distortion = evaluate(model, pixels if subset is None else pixels[_choose(len(pixels), subset)])
+    parts = {"rate": rate.double().mean().item(), "distortion": distortion.double().mean().item()}
+    return {**parts, "negative_elbo": sum(parts.values())}
 
 
 def posterior_activity(model: VAE, images: ImageSet) -> dict[str, Any]:
     """Which latents are used: KL(q(z_i|x) ‖ p(z_i)) of each latent, test mean, nats; nested like the latent shape."""
     with torch.no_grad():
         total = torch.zeros(model.latent_shape, dtype=torch.float64)
-        pixels, _ = _generators(0)
+        pixels, _ = noise_sources(0)
         for batch in images.test.split(BATCH):
             q = model.encode(binarise(batch, torch.rand(batch.shape, generator=pixels))).base_dist
             total += torch.distributions.kl_divergence(q, model.prior().base_dist).double().sum(0)
@@ -132,7 +110,7 @@ def pictures(model: VAE, images: ImageSet, n: int, seed: int = 0) -> dict[str, T
     ``samples``: z ~ N(0, I); ``reconstructions``: z ~ q(z|x); ``data``: x. The same decoder draws the first two, so that
     what differs between them is where z comes from.
     """
-    pixels, noise = _generators(seed)
+    pixels, noise = noise_sources(seed)
     samples, reconstructions = [], []
     for start in range(0, n, BATCH):
         z = torch.randn(min(BATCH, n - start), *model.latent_shape, generator=noise)
@@ -161,11 +139,5 @@ def interval(values: list[float], confidence: float = 0.95) -> tuple[float, floa
     return float(low), float(high)
 
 
-def _means(rate: Tensor, distortion: Tensor) -> dict[str, Any]:
-    parts = {"rate": rate.double().mean().item(), "distortion": distortion.double().mean().item()}
-    return {**parts, "negative_elbo": sum(parts.values())}
-
-
-def _generators(seed: int) -> tuple[torch.Generator, torch.Generator]:
-    """One for pixels and one for latents, so that models with other latents see the same binary images."""
-    return torch.Generator().manual_seed(2 * seed + 1), torch.Generator().manual_seed(2 * seed + 2)
+def _choose(count: int, subset: int) -> Tensor:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:subset]

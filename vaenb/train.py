@@ -27,7 +27,7 @@ from lightning_fabric import Fabric
 from safetensors import SafetensorError
 from torch import Tensor
 
-from vaenb import data, models, quality, runs
+from vaenb import data, models, runs
 from vaenb.progress import Progress
 
 REDUCTIONS = ("sum", "mean")
@@ -185,7 +185,7 @@ def fit(config: Config, fabric: Fabric | None = None, wait: bool = True) -> Run:
     images = data.load(config.dataset)
     config.stride(images.image_shape[1:])  # a wrong map size must fail before anything is written
     spec = {"config": dataclasses.asdict(config), "data": images.fingerprint}
-    code = [data, models, quality, sys.modules[__name__]]
+    code = [data, models, sys.modules[__name__]]
     return Run(config, runs.entry(config.label, spec, code, lambda folder: _train(config, images, folder, fabric), wait))
 
 
@@ -271,7 +271,7 @@ def _train(config: Config, images: data.ImageSet, folder: Path, fabric: Fabric |
                 optimiser.step()
                 sums += torch.stack([rate.detach().sum(), distortion.detach().sum()])
                 progress.step()
-            test = [terms.double().mean().item() for terms in quality.rate_and_distortion(model, images.test)]
+            test = [terms.double().mean().item() for terms in models.evaluate(model, images.test)]
             history.append([epoch + 1, *(sums / len(train)).tolist(), *test])
             _checkpoint(folder, model, optimiser, history)
             progress.milestone(f"epoch {epoch + 1}/{config.epochs}, test −ELBO {sum(test):.2f} nats")
