@@ -37,7 +37,9 @@ def conclude(name: str, dataset: str, claims: list[Claim]) -> None:
     The printed lines hold no measured digits: they are what must come out the same on another machine.
     """
     content = [{**asdict(claim), "holds": bool(claim.holds)} for claim in claims]
-    write_atomically(figures_folder(dataset) / f"{name}.claims.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    write_atomically(
+        figures_folder(dataset) / f"{name}.claims.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    )
     for claim in claims:
         print(f"{claim.id}  {'holds' if claim.holds else 'DOES NOT HOLD'}  {claim.claim}")
 

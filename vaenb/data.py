@@ -95,7 +95,8 @@ def resolve(name: str) -> str:
         print(
             "=" * 100 + f"\nMNIST is not here and could not be fetched ({error}).\n"
             f"FALLING BACK to {TITLES['digits']}.\nEvery figure says so. To insist on MNIST: make figures DATASET=mnist\n"
-            + "=" * 100,
+            + "="
+            * 100,
             file=sys.stderr,
             flush=True,
         )

@@ -45,7 +45,9 @@ def parameter_file(dataset: str) -> Path:
     path = NOTEBOOKS / "params" / f"{dataset}.yaml"
     if not path.is_file():
         known = ", ".join(sorted(path.stem for path in (NOTEBOOKS / "params").glob("*.yaml")))
-        raise ExecutionError(f"unknown data set {dataset!r}: choose auto or one of {known}, or name your own file with PARAMS=")
+        raise ExecutionError(
+            f"unknown data set {dataset!r}: choose auto or one of {known}, or name your own file with PARAMS="
+        )
     return path
 
 
@@ -67,12 +69,16 @@ def parameters_for(notebook: str, path: Path, overrides: Mapping[str, Any]) -> d
     for key in shared:
         if not any(key in names for names in has.values()):
             known = ", ".join(sorted(set().union(*has.values())))
-            raise ExecutionError(f"{path}: no notebook has a parameter {key!r}; there are {known}, and sections {', '.join(has)}")
+            raise ExecutionError(
+                f"{path}: no notebook has a parameter {key!r}; there are {known}, and sections {', '.join(has)}"
+            )
     for section, values in [*sections.items(), (notebook, overrides)]:
         for key in values:
             if key not in has[section]:
-                raise ExecutionError(f"notebook {section} has no parameter {key!r} (in {path} or on the command line); "
-                                     f"it has {', '.join(sorted(has[section]))}")
+                raise ExecutionError(
+                    f"notebook {section} has no parameter {key!r} (in {path} or on the command line); "
+                    f"it has {', '.join(sorted(has[section]))}"
+                )
     return {**{k: v for k, v in shared.items() if k in has[notebook]}, **sections.get(notebook, {}), **overrides}
 
 
@@ -108,8 +114,8 @@ def execute(notebook: str, path: Path, overrides: Mapping[str, Any]) -> bool:
             _papermill(source, copy, parameters, staging)
             if gone := claims.lost(target / f"{name}.claims.json", staging / f"{name}.claims.json"):
                 raise ExecutionError(
-                    f"{name} no longer reproduces what {target / f'{name}.claims.json'} claims: {'; '.join(gone)}. If that is "
-                    "right, delete that file and run the same command again"
+                    f"{name} no longer reproduces what {target / f'{name}.claims.json'} claims: {'; '.join(gone)}. If "
+                    "that is right, delete that file and run the same command again"
                 )
         except ExecutionError as error:
             failed = build_folder() / "failed" / path.stem
@@ -158,7 +164,14 @@ def _papermill(source: Path, copy: Path, parameters: dict[str, Any], staging: Pa
     os.environ.setdefault("VAENB_PROGRESS", "plain")
     try:
         papermill.execute_notebook(
-            source, copy, parameters, kernel_name="python3", cwd=NOTEBOOKS, progress_bar=False, stderr_file=sys.stderr
+            source,
+            copy,
+            parameters,
+            kernel_name="python3",
+            cwd=NOTEBOOKS,
+            progress_bar=False,
+            stderr_file=sys.stderr,
+            extra_arguments=["--IPKernelApp.log_level=ERROR"],  # no note about unencrypted local sockets on each start
         )
     except NoSuchKernel:
         raise ExecutionError(

@@ -106,7 +106,11 @@ def show_ink(axes: Axes, images: np.ndarray, columns: int, title: str = "") -> N
 
 def gallery(pictures: Mapping[str, np.ndarray], columns: int, title: str) -> Figure:
     """Mosaics of samples, reconstructions and data side by side: uint8 (N, H, W), named as in ``quality.pictures``."""
-    titles = {"samples": "samples: decoded z ~ N(0, I)", "reconstructions": "reconstructions: z ~ q(z|x)", "data": "test images x"}
+    titles = {
+        "samples": "samples: decoded z ~ N(0, I)",
+        "reconstructions": "reconstructions: z ~ q(z|x)",
+        "data": "test images x",
+    }
     with mpl.rc_context(STYLE):
         figure = new(height=3.9)
         figure.suptitle(title, fontweight="bold", fontsize=11.5)
@@ -120,11 +124,15 @@ def seed_points(panels: Mapping[str, Mapping[str, Sequence[float]]], colours: Ma
     with mpl.rc_context(STYLE):
         figure = new(height=1.2 + 0.42 * len(next(iter(panels.values()))))
         figure.suptitle(title, fontweight="bold", fontsize=11.5)
-        for index, (axes, (quantity, rows)) in enumerate(zip(figure.subplots(1, len(panels)), panels.items(), strict=True)):
+        for index, (axes, (quantity, rows)) in enumerate(
+            zip(figure.subplots(1, len(panels), squeeze=False).flat, panels.items(), strict=True)
+        ):
             for position, (row, values) in enumerate(rows.items()):
                 axes.plot(values, [position] * len(values), "o", color=colours[row], alpha=0.55, markersize=5)
                 axes.plot([np.mean(values)] * 2, [position - 0.3, position + 0.3], color=colours[row], linewidth=2.5)
-                axes.annotate(f"{np.mean(values):.1f}", (np.mean(values), position - 0.32), ha="center", va="bottom", fontsize=8.5)
+                axes.annotate(
+                    f"{np.mean(values):.1f}", (np.mean(values), position - 0.32), ha="center", va="bottom", fontsize=8.5
+                )
             axes.set(ylim=(len(rows) - 0.5, -0.75), xlabel="nats per image", title=quantity)
             axes.set_yticks(range(len(rows)), list(rows) if index == 0 else [""] * len(rows))
             axes.margins(x=0.18)
@@ -158,14 +166,20 @@ def latent_maps(images: np.ndarray, means: np.ndarray, scales: np.ndarray, sampl
                     _bare(axes, name if digit == 0 else "", bold=False)
         bars = {"extend": "both", "fraction": 0.04, "pad": 0.01, "aspect": 40}
         top.colorbar(centre, ax=grid, location="right", label="posterior mean μ", **bars)
-        top.colorbar(spread, ax=grid, location="right", label="posterior scale σ (the prior's is 1)", **{**bars, "extend": "max"})
+        top.colorbar(
+            spread, ax=grid, location="right", label="posterior scale σ (the prior's is 1)", **{**bars, "extend": "max"}
+        )
         show_ink(bottom.subplots(), samples, 20, "Decoded prior samples, z ~ N(0, I), of the same model")
     return figure
 
 
 def map_sizes(
-    sizes: Sequence[int], images: np.ndarray, means: Sequence[np.ndarray], samples: Sequence[np.ndarray],
-    curves: Mapping[str, Sequence[Sequence[float]]], title: str,
+    sizes: Sequence[int],
+    images: np.ndarray,
+    means: Sequence[np.ndarray],
+    samples: Sequence[np.ndarray],
+    curves: Mapping[str, Sequence[Sequence[float]]],
+    title: str,
 ) -> Figure:
     """Maps, samples and nats against map size.
 
@@ -178,26 +192,29 @@ def map_sizes(
         title: of the figure.
     """
     with mpl.rc_context(STYLE):
-        figure = new(height=8.6)
+        figure = new(height=7.6)
         figure.suptitle(title, fontweight="bold", fontsize=11.5)
-        above, below = figure.subfigures(2, 1, height_ratios=[6.0, 2.6])
-        grid = above.subplots(3, len(sizes), height_ratios=[1, 1, 3.3])
+        above, below = figure.subfigures(2, 1, height_ratios=[4.9, 2.5])
+        grid = above.subplots(3, len(sizes), height_ratios=[0.36, 0.75, 3.0], squeeze=False)
         for column, size in enumerate(sizes):
             show_ink(grid[0, column], images, len(images), f"{size}×{size} map: {size * size} latents")
             limit = float(np.quantile(np.abs(means[column]), 0.995))
             tiles = mosaic(means[column], len(images), gap=1, fill=np.nan)
             shown = grid[1, column].imshow(tiles, cmap=DIVERGING, vmin=-limit, vmax=limit)
-            _bare(grid[1, column], "their latent maps (mean μ)", bold=False)
-            above.colorbar(shown, ax=grid[1, column], location="bottom", fraction=0.12, aspect=40, pad=0.06)
-            show_ink(grid[2, column], samples[column], 8)
-            grid[2, column].set_title("decoded z ~ N(0, I)", fontweight="normal")
-        for axes, (quantity, values) in zip(below.subplots(1, len(curves)), curves.items(), strict=True):
+            _bare(grid[1, column])
+            bar = above.colorbar(shown, ax=grid[1, column], location="bottom", fraction=0.1, aspect=45, pad=0.04)
+            bar.ax.tick_params(labelsize=7.5, length=2)
+            bar.set_label("posterior mean μ of each position", fontsize=8)
+            show_ink(grid[2, column], samples[column], 8, "samples: decoded z ~ N(0, I)")
+        for axes, (quantity, values) in zip(below.subplots(1, len(curves), squeeze=False).flat, curves.items(), strict=True):
             for position, seeds in enumerate(values):
                 axes.plot([position] * len(seeds), seeds, "o", color=ARM_COLOURS["spatial"], alpha=0.5)
             averages = [np.mean(seeds) for seeds in values]
             axes.plot(averages, "-", color=ARM_COLOURS["spatial"], linewidth=2)
             for position, average in enumerate(averages):
-                axes.annotate(f"{average:.0f}", (position, average), xytext=(7, -9), textcoords="offset points", fontsize=8.5)
+                axes.annotate(
+                    f"{average:.0f}", (position, average), xytext=(7, -9), textcoords="offset points", fontsize=8.5
+                )
             axes.set_xticks(range(len(sizes)), [f"{size}×{size}" for size in sizes])
             axes.set(xlabel="latent map", ylabel="nats per image", title=quantity)
             axes.margins(x=0.15, y=0.15)
@@ -216,20 +233,22 @@ def reshaped_latents(
         title: of the figure.
     """
     with mpl.rc_context(STYLE):
-        figure = new(height=6.4)
+        figure = new(height=7.4)
         figure.suptitle(title, fontweight="bold", fontsize=11.5)
-        left, right = figure.subfigures(1, 2, width_ratios=[6.2, 3.2])
-        rows = left.subplots(1 + len(maps), 1)
+        above, below = figure.subfigures(2, 1, height_ratios=[4.9, 2.3])
+        rows = above.subplots(1 + len(maps), 1)
         show_ink(rows[0], images, len(images), "test images")
         for axes, (name, values) in zip(rows[1:], maps.items(), strict=True):
             limit = float(np.quantile(np.abs(values), 0.995))
             shown = axes.imshow(mosaic(values, len(images), gap=1, fill=np.nan), cmap=DIVERGING, vmin=-limit, vmax=limit)
-            _bare(axes, f"posterior means μ of the {name}")
-            left.colorbar(shown, ax=axes, location="right", fraction=0.02, pad=0.01, label="μ")
-        for axes, (name, (observed, null)) in zip(right.subplots(len(statistics), 1), statistics.items(), strict=True):
+            _bare(axes, name)
+            above.colorbar(shown, ax=axes, location="right", fraction=0.02, aspect=9, pad=0.01, label="mean μ")
+        panels = below.subplots(1, len(statistics), squeeze=False).flat
+        for axes, (name, (observed, null)) in zip(panels, statistics.items(), strict=True):
             axes.hist(null, bins=30, color="0.7", label="positions shuffled")
             axes.axvline(observed, color="black", linewidth=2, label="as they lie")
-            axes.set(title=name, xlabel="mean squared correlation of neighbours", ylabel="shuffles")
+            axes.locator_params(axis="x", nbins=6)
+            axes.set(title=name, xlabel="mean squared correlation (r²) of neighbours", ylabel="shuffles")
             axes.legend(fontsize=8)
     return figure
 
@@ -241,7 +260,7 @@ def quantiles(panels: Mapping[str, np.ndarray], title: str) -> Figure:
     with mpl.rc_context(STYLE):
         figure = new(height=3.0)
         figure.suptitle(title, fontweight="bold", fontsize=11.5)
-        for axes, (name, scores) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+        for axes, (name, scores) in zip(figure.subplots(1, len(panels), squeeze=False).flat, panels.items(), strict=True):
             expected = norm.ppf((np.arange(scores.size) + 0.5) / scores.size)
             axes.plot([-4, 4], [-4, 4], color="0.6", linewidth=1.5, zorder=1)
             axes.plot(expected, np.sort(scores.ravel()), ".", markersize=3.5, color=_PALETTE[0])
@@ -260,18 +279,21 @@ def learning_curves(curves: Mapping[str, Mapping[str, Sequence[Sequence[float]]]
                 for index, values in enumerate(splits[split]):
                     label = f"{ARM_TITLES[arm]}, {split}" if index == 0 else None
                     axes.plot(range(1, len(values) + 1), values, line, color=ARM_COLOURS[arm], label=label, linewidth=1.4)
-        axes.set(xlabel="epoch", ylabel="−ELBO, nats per image")
+        settled = [values[len(values) // 5] for splits in curves.values() for line in splits.values() for values in line]
+        axes.set(xlabel="epoch", ylabel="−ELBO, nats per image", ylim=(None, max(settled) + 2))  # not the first descent
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend(fontsize=8.5)
     return figure
 
 
-def loss_scaling(pictures: Mapping[str, Mapping[str, np.ndarray]], captions: Mapping[str, Mapping[str, str]], title: str) -> Figure:
+def loss_scaling(
+    pictures: Mapping[str, Mapping[str, np.ndarray]], captions: Mapping[str, Mapping[str, str]], title: str
+) -> Figure:
     """Prior samples of every way to scale the loss: a row per arm, a column per scaling (arm -> scaling -> pictures)."""
     with mpl.rc_context(STYLE):
         figure = new(height=6.2)
         figure.suptitle(title, fontweight="bold", fontsize=11.5)
-        grid = figure.subplots(len(pictures), len(next(iter(pictures.values()))))
+        grid = figure.subplots(len(pictures), len(next(iter(pictures.values()))), squeeze=False)
         for row, (arm, scalings) in enumerate(pictures.items()):
             for column, (scaling, images) in enumerate(scalings.items()):
                 show_ink(grid[row, column], images, 6, scaling if row == 0 else "")

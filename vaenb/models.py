@@ -37,7 +37,8 @@ class SubpixelUp(nn.Module):
         super().__init__()
         self.phases = nn.Conv2d(channels_in, 4 * channels_out, kernel_size=2, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:  # (N, C_in, H, W) -> (N, C_out, 2H, 2W)
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C_in, H, W) -> (N, C_out, 2H, 2W)."""
         return F.pixel_shuffle(self.phases(x), 2)[..., 1:-1, 1:-1]
 
 
@@ -47,7 +48,8 @@ class AcrossPositions(nn.Linear):
     def __init__(self, height: int, width: int):
         super().__init__(height * width, height * width)
 
-    def forward(self, x: Tensor) -> Tensor:  # (N, C, h, w) -> (N, C, h, w)
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, h, w) -> (N, C, h, w)."""
         return super().forward(x.flatten(2)).view_as(x)
 
 
@@ -89,9 +91,7 @@ class VAE(nn.Module):
         self.encoder = nn.Sequential(
             _down(channels, outer, stride == 4), nn.GELU(), _down(outer, inner, stride >= 2), nn.GELU()
         )
-        self.decoder = nn.Sequential(
-            nn.GELU(), _up(inner, outer, stride >= 2), nn.GELU(), _up(outer, channels, stride == 4)
-        )
+        self.decoder = nn.Sequential(nn.GELU(), _up(inner, outer, stride >= 2), nn.GELU(), _up(outer, channels, stride == 4))
         if arm == "dense":
             self.latent_shape = (latents or latent_channels * height * width,)
             flat = inner * height * width
@@ -175,7 +175,7 @@ class VAE(nn.Module):
         expected = self.grid(self.image_shape[1:])
         if self.arm != "spatial" and grid != expected:
             raise ImageSizeError(
-                f"the {self.arm} arm was made for {self.image_shape[1]}×{self.image_shape[2]} images (a grid of {expected}), "
+                f"the {self.arm} arm was made for images of {self.image_shape[1:]} (a grid of {expected}), "
                 f"not for a grid of {grid}: its layers across positions have one size; use the spatial arm"
             )
 
@@ -193,7 +193,7 @@ def _up(channels_in: int, channels_out: int, double: bool) -> nn.Module:
 
 
 def reparametrise(q: Independent, noise: Tensor) -> Tensor:
-    """z = μ + σ·ε, differentiable in μ and σ (Kingma & Welling 2014); ``noise``: standard normal, the shape of z."""
+    """Z = μ + σ·ε, differentiable in μ and σ (Kingma & Welling 2014); ``noise``: standard normal, the shape of z."""
     return q.mean + q.base_dist.scale * noise
 
 

@@ -14,9 +14,10 @@ from torch import Tensor
 from vaenb.data import ImageSet, binarise
 from vaenb.models import BATCH, VAE, evaluate, noise_sources, reparametrise
 
+
 @torch.no_grad()
 def log_weights(model: VAE, images: Tensor, k: int, seed: int = 0) -> Tensor:
-    """log p(x, z_i) / q(z_i|x) for k draws z_i ~ q(z|x) of each image: the mean over draws estimates the ELBO.
+    """Log p(x, z_i) / q(z_i|x) for k draws z_i ~ q(z|x) of each image: the mean over draws estimates the ELBO.
 
     Args:
         images: uint8, (N, C, H, W); binarised once each, as in ``models.evaluate`` with the same seed.
@@ -56,7 +57,7 @@ def negative_log_likelihood(weights: Tensor) -> Tensor:
     return math.log(len(weights)) - torch.logsumexp(weights, dim=0)
 
 
-def bounds(model: VAE, images: ImageSet, k: int = 100, subset: int = 2000) -> dict[str, Any]:
+def bounds(model: VAE, images: ImageSet, k: int = 100, subset: int = 1000) -> dict[str, Any]:
     """Test-set means in nats per image: ``rate``, ``distortion``, ``negative_elbo`` and ``negative_log_likelihood``.
 
     The importance-weighted bound takes k draws, so the slack −ELBO − bound is measured on a random ``subset`` of the test

@@ -1,0 +1,199 @@
+import json
+import os
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+from vaenb import claims, data, execute, runs
+from vaenb.execute import ExecutionError, main, parameters_for
+
+NOTEBOOKS = sorted(path.stem for path in execute.NOTEBOOKS.glob("*.ipynb"))
+WRITES = """
+from vaenb.claims import Claim, conclude, figures_folder
+from vaenb.runs import write_atomically
+write_atomically(figures_folder(dataset) / f"figure_{n}.png", f"picture of {n}")
+conclude(f"00_demo_{n}", dataset, [Claim("E0.1", "It holds.", {}, n != 13)])
+"""
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch, build):
+    """A checkout of its own with one notebook, and a shell that reads its errors."""
+    root = tmp_path / "a chëckout"
+    for folder in ("notebooks/params", "vaenb"):
+        (root / folder).mkdir(parents=True)
+    (root / "constraints.txt").write_text("torch==1\n")
+    (root / "vaenb" / "module.py").write_text("x = 1\n")
+    (root / "notebooks" / "params" / "digits.yaml").write_text("dataset: digits\n")
+    for module, name, value in ((execute, "ROOT", root), (execute, "NOTEBOOKS", root / "notebooks"), (claims, "ROOT", root)):
+        monkeypatch.setattr(module, name, value)
+    monkeypatch.setenv("VAENB_BUILD", str(build))
+    monkeypatch.setenv("VAENB_PROGRESS", "off")
+    write_notebook(root, WRITES)
+    return root
+
+
+def write_notebook(root, source, name="00_demo"):
+    parameters = new_code_cell('dataset = "digits"\nn = 1\n', metadata={"tags": ["parameters"]})
+    cells = [new_markdown_cell("# Demo"), parameters, new_code_cell(source)]
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    nbformat.write(new_notebook(cells=cells, metadata=kernel), root / "notebooks" / f"{name}.ipynb")
+
+
+def run(*arguments):
+    main(["00_demo", *arguments, "--dataset", "digits"])
+
+
+def fails(*arguments):
+    with pytest.raises(SystemExit) as caught:
+        run(*arguments)
+    assert isinstance(caught.value.code, str), "expected a message and exit status 1"
+    return caught.value.code
+
+
+def test_figures_appear_and_nothing_is_done_twice(project, build, capsys):
+    run("n=3")
+    target = project / "figures" / "digits"
+    assert sorted(p.name for p in target.iterdir()) == ["00_demo_3.claims.json", "00_demo_3.ipynb", "figure_3.png"]
+    capsys.readouterr()
+    os.utime(project / "notebooks" / "00_demo.ipynb", (0, 0))  # clocks and touched files mean nothing
+    run("n=3")
+    assert capsys.readouterr().err == ""
+    book = nbformat.read(target / "00_demo_3.ipynb", as_version=4)
+    assert set(book.metadata) == {"kernelspec", "language_info"}
+    assert [cell.execution_count for cell in book.cells if cell.cell_type == "code"] == [1, 2, 3]
+    assert not list((build / "staging").rglob("*.*"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda p: (p / "figures/digits/figure_1.png").write_text("damaged"),
+        lambda p: (p / "figures/digits/figure_1.png").unlink(),
+        lambda p: (p / "vaenb/module.py").write_text("x = 2\n"),
+        lambda p: (p / "constraints.txt").write_text("torch==2\n"),
+        lambda p: (p / "notebooks/params/digits.yaml").write_text("dataset: digits\nn: 1\n"),
+        lambda p: write_notebook(p, WRITES + "# edited"),
+        lambda p: next((runs.build_folder() / "stamps").rglob("*.json")).write_text('{"key": '),
+    ],
+)
+def test_what_changed_is_made_again(change, project, capsys):
+    run()
+    change(project)
+    run()
+    assert "00_demo: done" in capsys.readouterr().err
+    assert (project / "figures/digits/figure_1.png").read_text() == "picture of 1"
+
+
+def test_a_figure_that_is_no_longer_made_does_not_stay(project):
+    run()
+    write_notebook(project, WRITES.replace("figure_{n}", "renamed_{n}"))
+    run()
+    assert not (project / "figures/digits/figure_1.png").exists()
+    assert (project / "figures/digits/renamed_1.png").exists()
+
+
+def test_a_failing_notebook_is_kept_makes_no_figure_and_is_tried_again(project, build):
+    write_notebook(project, WRITES + "raise RuntimeError('the reason')")
+    message = fails()
+    assert "00_demo.ipynb, cell 3: RuntimeError: the reason" in message
+    kept = build / "failed" / "digits" / "00_demo.ipynb"
+    assert str(kept) in message
+    assert "the reason" in kept.read_text()
+    assert not list((project / "figures").rglob("*.*")) if (project / "figures").exists() else True
+    assert "the reason" in fails()
+    write_notebook(project, WRITES)
+    run()
+    assert (project / "figures/digits/figure_1.png").exists()
+
+
+def test_a_lost_claim_fails_and_changes_nothing(project):
+    run("n=12")
+    target = project / "figures" / "digits"
+    (target / "00_demo_12.claims.json").rename(target / "00_demo_13.claims.json")
+    before = (target / "00_demo_13.claims.json").read_text()
+    message = fails("n=13")
+    assert "no longer reproduces" in message
+    assert "E0.1 It holds." in message
+    assert (target / "00_demo_13.claims.json").read_text() == before
+    assert not (target / "figure_13.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("dataset: digits\nepoch: 3\n", "no notebook has a parameter 'epoch'"),
+        ("dataset: digits\n00_demo: {m: 3}\n", "notebook 00_demo has no parameter 'm'"),
+        ("dataset: digits\n01_other: {n: 3}\n", "no notebook has a parameter '01_other'"),
+        ("- a\n- b\n", "holds a list: expected lines of the form 'name: value'"),
+        ("a: [unclosed\n", "cannot read the parameters"),
+        ("n: !!python/object/apply:os.system ['touch executed']\n", "cannot read the parameters"),
+        (b"\xff\xfe\x00", "cannot read the parameters"),
+    ],
+)
+def test_bad_parameter_files(content, message, project, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ExecutionError, match=message):
+        execute.execute("00_demo", path, {})
+    assert not (tmp_path / "executed").exists()
+    assert not (project / "figures").exists()
+
+
+def test_ones_own_parameters_go_to_a_folder_of_that_name(project, tmp_path):
+    (tmp_path / "quick.yaml").write_text("dataset: digits\nn: 5\n")
+    main(["00_demo", "--params", str(tmp_path / "quick.yaml")])
+    assert (project / "figures/quick/figure_5.png").exists()
+
+
+def test_other_mistakes_on_the_command_line(project):
+    for arguments, message in (
+        (["00_demo", "n"], "expected name=value"),
+        (["00_demo", "m=1", "--dataset", "digits"], "has no parameter 'm'"),
+        (["99_none", "--dataset", "digits"], "there is no notebook '99_none'"),
+        (["00_demo", "--dataset", "imagenet"], "unknown data set 'imagenet': choose auto or one of digits"),
+        (["00_demo", "--params", "none.yaml"], "cannot read none.yaml"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            main(arguments)
+        assert message in str(caught.value.code)
+
+
+def test_a_missing_kernel_is_named(project, monkeypatch):
+    import jupyter_client.kernelspec as kernels
+
+    def missing(self, name):
+        raise kernels.NoSuchKernel(name)
+
+    monkeypatch.setattr(kernels.KernelSpecManager, "get_kernel_spec", missing)
+    assert "the Jupyter kernel 'python3' is missing" in fails()
+
+
+def test_auto_names_the_parameters_of_what_it_finds(build, monkeypatch, capsys):
+    raw = build / "data" / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    monkeypatch.setattr(data, "resolve", lambda name: "digits")
+    assert execute.parameter_file("auto").stem == "digits"
+    for name in ("a", "b", "c", "d"):
+        (raw / f"{name}-ubyte.gz").touch()
+    assert execute.parameter_file("auto").stem == "mnist"
+
+
+@pytest.mark.parametrize("path", sorted((execute.NOTEBOOKS / "params").glob("*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("notebook", NOTEBOOKS)
+def test_shipped_parameters_fit_every_notebook(path, notebook):
+    assert parameters_for(notebook, path, {})["dataset"] == path.stem
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS)
+def test_every_notebook_runs_with_tiny_parameters(notebook, tmp_path, monkeypatch):
+    monkeypatch.setattr(execute, "ROOT", tmp_path)  # figures go there
+    (tmp_path / "constraints.txt").touch()
+    tiny = {"dataset": "digits", "epochs": 1, "seeds": 2}
+    tiny |= {"scaling_epochs": 1} if notebook == "03_bug_hunt" else {}
+    (tmp_path / "tiny.yaml").write_text(json.dumps(tiny))
+    execute.execute(notebook, tmp_path / "tiny.yaml", {})
+    made = {path.suffix for path in (tmp_path / "figures" / "tiny").iterdir()}
+    assert made == {".png", ".json", ".ipynb"}

@@ -1,0 +1,127 @@
+import hashlib
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vaenb import figures
+from vaenb.claims import Claim, conclude, lost
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("VAENB_FIGURES", str(tmp_path / "figures"))
+    return tmp_path / "figures"
+
+
+def gallery():
+    pictures = np.random.default_rng(0).integers(0, 256, (9, 28, 28), dtype=np.uint8)
+    return {"samples": pictures, "data": pictures}
+
+
+def test_the_same_figure_has_the_same_bytes_and_its_numbers_read_back(folder):
+    digests = set()
+    for _ in range(2):
+        shown = figures.save(
+            figures.gallery(gallery(), 3, "T"), "name", "digits", gallery(), alt="What is seen.", note="n = 9."
+        )
+        digests.add(hashlib.sha256((folder / "name.png").read_bytes()).hexdigest())
+    assert len(digests) == 1
+    assert shown.data == (folder / "name.png").read_bytes()
+    assert shown.alt == "What is seen."
+    content = json.loads((folder / "name.json").read_text())
+    np.testing.assert_array_equal(figures.read_numbers(content)["samples"], gallery()["samples"])
+    assert content["alt"] == "What is seen."
+    assert sorted(p.name for p in folder.iterdir()) == ["name.json", "name.png"]
+
+
+def test_a_figure_of_the_stand_in_says_so_and_one_of_mnist_does_not(folder):
+    for dataset, says in (("digits", True), ("mnist", False)):
+        figures.save(figures.gallery(gallery(), 3, "T"), dataset, dataset, {}, alt="")
+        assert ("stand-in for MNIST" in json.loads((folder / f"{dataset}.json").read_text())["caption"]) == says
+    assert (folder / "digits.png").read_bytes() != (folder / "mnist.png").read_bytes()
+
+
+def test_numbers_of_every_kind_read_back():
+    numbers = {"a": [1, 2.5, "x"], "b": {"c": np.float64(0.1), 7: np.arange(3)}, "d": (True, None)}
+    back = figures.read_numbers({"numbers": json.loads(json.dumps(figures._encode(numbers)))})
+    assert back["a"] == [1, 2.5, "x"]
+    assert back["b"]["c"] == 0.1
+    np.testing.assert_array_equal(back["b"]["7"], np.arange(3))
+    assert back["d"] == [True, None]
+
+
+def test_mosaic_puts_every_picture_in_its_place():
+    pictures = np.arange(5)[:, None, None] * np.ones((5, 3, 4))
+    canvas = figures.mosaic(pictures, columns=2, gap=1, fill=-1)
+    assert canvas.shape == (3 * 3 + 2, 2 * 4 + 1)
+    assert [canvas[0, 0], canvas[0, 5], canvas[4, 0], canvas[4, 5], canvas[8, 0], canvas[8, 5]] == [0, 1, 2, 3, 4, -1]
+    assert (canvas[3] == -1).all()
+
+
+def test_grey_is_the_decoders_mean_in_256_steps():
+    images = torch.tensor([[[[0.0, 0.5], [1.0, 0.25]]]])
+    assert figures.grey(images).tolist() == [[[0, 128], [255, 64]]]
+
+
+def test_every_plot_renders_without_a_display(folder):
+    generator = np.random.default_rng(0)
+    ink = generator.integers(0, 256, (20, 28, 28), dtype=np.uint8)
+    seeds = {"a": [1.0, 2.0], "b": [3.0, 4.0]}
+    figs = [
+        figures.seed_points({"rate": seeds, "−ELBO": seeds}, {"a": "C0", "b": "C1"}, "T"),
+        figures.latent_maps(
+            generator.integers(0, 256, (10, 4, 28, 28), dtype=np.uint8),
+            generator.normal(size=(10, 4, 7, 7)),
+            generator.uniform(size=(10, 4, 7, 7)),
+            ink,
+            "T",
+        ),
+        figures.map_sizes(
+            [7, 14],
+            ink[:10],
+            [generator.normal(size=(10, s, s)) for s in (7, 14)],
+            [ink, ink],
+            {"rate": [[1, 2], [3, 4]]},
+            "T",
+        ),
+        figures.reshaped_latents(
+            ink[:10], {"x": generator.normal(size=(10, 28, 28))}, {"x": (0.1, generator.uniform(size=99))}, "T"
+        ),
+        figures.quantiles({"x": generator.normal(size=500)}, "T"),
+        figures.learning_curves({"dense": {"train": [[3, 2, 1]], "test": [[3, 2, 1.5]]}}, "T"),
+        figures.loss_scaling(
+            {"dense": {"s": ink}, "spatial": {"s": ink}}, {"dense": {"s": "c"}, "spatial": {"s": "c"}}, "T"
+        ),
+    ]
+    for index, figure in enumerate(figs):
+        picture = figures.save(figure, f"f{index}", "digits", {}, alt="a")
+        pixels = np.asarray(Image.open(io.BytesIO(picture.data)).convert("L"))
+        assert pixels.std() > 5
+        assert (pixels[:, [0, -1]] > 250).mean() > 0.9  # nothing runs off the sides
+
+
+def test_claims_are_printed_without_digits_that_differ_and_written_with_them(folder, capsys):
+    claims = [Claim("E0.1", "It is so.", {"x": 0.123456}, True), Claim("E0.2", "It is not.", {"x": [1.5]}, np.bool_(False))]
+    conclude("00", "digits", claims)
+    assert capsys.readouterr().out == "E0.1  holds  It is so.\nE0.2  DOES NOT HOLD  It is not.\n"
+    written = json.loads((folder / "00.claims.json").read_text())
+    assert [(c["id"], c["holds"]) for c in written] == [("E0.1", True), ("E0.2", False)]
+    assert written[0]["measured"] == {"x": 0.123456}
+
+
+def test_a_claim_is_lost_when_it_held_and_no_longer_does(tmp_path):
+    def write(name, verdicts):
+        (tmp_path / name).write_text(
+            json.dumps([{"id": i, "claim": "c", "measured": {}, "holds": h} for i, h in verdicts.items()])
+        )
+        return tmp_path / name
+
+    before = write("before", {"A": True, "B": False, "C": True})
+    assert lost(before, write("same", {"A": True, "B": True, "C": True})) == []
+    assert lost(before, write("worse", {"A": False, "B": False})) == ["A c", "C c"]
+    assert lost(tmp_path / "none", tmp_path / "same") == []
+    assert lost(before, tmp_path / "none") == ["A c", "C c"]

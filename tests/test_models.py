@@ -1,0 +1,161 @@
+import itertools
+
+import pytest
+import torch
+from torch.distributions import kl_divergence
+
+from vaenb.models import ARMS, VAE, ImageSizeError, SubpixelUp, evaluate, reparametrise
+
+STRIDE_OF = {7: 4, 14: 2, 28: 1}
+
+
+def model(arm="spatial", size=7, **extra):
+    torch.manual_seed(0)
+    return VAE(arm, (1, 28, 28), STRIDE_OF[size], **extra)
+
+
+@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("size", [7, 14])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_arms_share_trunks_and_latent_count(arm, size, channels):
+    vae = model(arm, size, latent_channels=channels)
+    reference = model("spatial", size)
+    for part in ("encoder", "decoder"):
+        shapes = [[p.shape for p in getattr(m, part).parameters()] for m in (vae, reference)]
+        assert shapes[0] == shapes[1]
+    q = vae.encode(torch.rand(5, 1, 28, 28))
+    assert q.event_shape.numel() == channels * size * size
+    assert vae.decode(q.sample()).sample().shape == (5, 1, 28, 28)
+    assert vae.prior().event_shape == q.event_shape
+
+
+def test_28x28_map():
+    assert model(size=28).encode(torch.rand(1, 1, 28, 28)).event_shape == (1, 28, 28)
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_every_parameter_gets_a_gradient(arm):
+    vae = model(arm)
+    rate, distortion = vae(torch.rand(4, 1, 28, 28).round(), torch.randn(4, *vae.latent_shape))
+    (rate + distortion).mean().backward()
+    for name, parameter in vae.named_parameters():
+        assert parameter.grad.abs().sum() > 0, name
+
+
+def test_subpixel_up_is_a_transposed_convolution():
+    torch.manual_seed(0)
+    up, transposed = SubpixelUp(3, 2), torch.nn.ConvTranspose2d(3, 2, kernel_size=4, stride=2, padding=1)
+    with torch.no_grad():
+        for channel, a, b in itertools.product(range(2), range(2), range(2)):
+            phase = 4 * channel + 2 * a + b
+            # shuffled row 2p + a becomes output row y = 2p + a - 1 and sees inputs p - 1, p: taps y + 1 - 2·input
+            rows, columns = ([a + 2, a] for a in (a, b))
+            weight = transposed.weight[:, channel][:, rows][:, :, columns]
+            up.phases.weight[phase] = weight
+            up.phases.bias[phase] = transposed.bias[channel]
+    x = torch.randn(2, 3, 5, 7)
+    torch.testing.assert_close(up(x), transposed(x), atol=1e-5, rtol=1e-5)
+
+
+def test_p_of_x_given_z_sums_to_one_over_all_images():
+    torch.manual_seed(0)
+    vae = VAE("dense", (1, 3, 3), stride=1, latents=2)
+    everything = torch.tensor(list(itertools.product([0.0, 1.0], repeat=9))).view(-1, 1, 3, 3)
+    z = torch.randn(1, 2).expand(len(everything), -1)
+    assert vae.decode(z).log_prob(everything).logsumexp(0).item() == pytest.approx(0, abs=1e-4)
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_rate_is_the_divergence_and_distortion_the_log_density(arm):
+    vae = model(arm)
+    x, noise = torch.rand(6, 1, 28, 28).round(), torch.randn(6, *vae.latent_shape)
+    rate, distortion = vae(x, noise)
+    mean, scale = vae.encode(x).mean.flatten(1), vae.encode(x).stddev.flatten(1)
+    torch.testing.assert_close(rate, 0.5 * (mean**2 + scale**2 - 1 - 2 * scale.log()).sum(1), atol=1e-3, rtol=1e-4)
+    p = vae.decode(reparametrise(vae.encode(x), noise)).mean.double()
+    expected = -(x * p.log() + (1 - x) * (1 - p).log()).flatten(1).sum(1)
+    torch.testing.assert_close(distortion.double(), expected, atol=1e-2, rtol=1e-4)
+    draws = vae.encode(x).sample((4000,))
+    estimate = (vae.encode(x).log_prob(draws) - vae.prior().log_prob(draws)).mean(0)
+    torch.testing.assert_close(rate, estimate, atol=0.5, rtol=0.1)
+    torch.testing.assert_close(rate, kl_divergence(vae.encode(x), vae.prior().expand((6,))))
+
+
+@pytest.mark.parametrize("size", [7, 14, 28])
+def test_spatial_is_translation_equivariant_away_from_the_border(size):
+    vae, stride = model(size=size), STRIDE_OF[size]
+    x = torch.zeros(1, 1, 64, 64)
+    x[..., 24:40, 24:40] = torch.rand(16, 16)
+    moved = x.roll((4 * stride, 2 * stride), (2, 3))
+    cut = slice(4, -6)
+    encoded, shifted = vae.encode(x).mean, vae.encode(moved).mean
+    torch.testing.assert_close(shifted.roll((-4, -2), (2, 3))[..., cut, cut], encoded[..., cut, cut], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [7, 14, 28])
+def test_a_latent_reaches_its_neighbourhood_only_unless_a_layer_crosses_positions(size):
+    z = torch.randn(1, 1, size, size)
+    poked = z.clone()
+    poked[..., 0, 0] += 1
+    vae = model(size=size)
+    changed = (vae.decode(z).mean != vae.decode(poked).mean)[0, 0]
+    assert changed[0, 0]
+    assert not changed[14:].any()  # bit for bit
+    assert not changed[:, 14:].any()
+    if size < 28:
+        mixed = model("mixed", size)
+        assert (mixed.decode(z).mean != mixed.decode(poked).mean)[0, 0, 14:, 14:].any()
+
+
+@pytest.mark.parametrize(("height", "width"), [(28, 28), (29, 31), (5, 64), (4, 4), (101, 30)])
+def test_any_size_is_padded_and_cropped_back(height, width):
+    vae = model()
+    x = torch.rand(2, 1, height, width).round()
+    q = vae.encode(x)
+    assert q.event_shape == (1, -(-height // 4), -(-width // 4)) == vae.prior((height, width)).event_shape
+    assert vae.decode(q.mean, (height, width)).mean.shape == x.shape
+    rate, distortion = vae(x, torch.randn_like(q.mean))
+    assert torch.isfinite(rate + distortion).all()
+
+
+def test_padding_repeats_the_edge():
+    vae = model()
+    x = torch.rand(1, 1, 30, 29)
+    by_hand = torch.nn.functional.pad(x, (0, 3, 0, 2), mode="replicate")
+    torch.testing.assert_close(vae.encode(x).mean, vae.encode(by_hand).mean)
+
+
+@pytest.mark.parametrize("arm", ["dense", "mixed"])
+def test_global_layers_can_be_made_for_any_one_size(arm):
+    vae = VAE(arm, (3, 30, 45), stride=4)
+    x = torch.rand(2, 3, 30, 45)
+    assert vae.decode(vae.encode(x).mean).mean.shape == x.shape
+    with pytest.raises(ImageSizeError, match="use the spatial arm"):
+        vae.encode(torch.rand(2, 3, 64, 64))
+
+
+def test_clear_errors():
+    with pytest.raises(ValueError, match="unknown arm 'fc': choose one of spatial, dense, mixed"):
+        VAE("fc")
+    with pytest.raises(ValueError, match="unknown stride 3"):
+        VAE(stride=3)
+    with pytest.raises(ValueError, match="dense arm"):
+        VAE("spatial", latents=20)
+    with pytest.raises(ImageSizeError, match="3×28 pixels is smaller than the stride of 4"):
+        model().encode(torch.rand(1, 1, 3, 28))
+    with pytest.raises(ImageSizeError):
+        VAE(image_shape=(1, 2, 2))
+    with pytest.raises(ValueError, match="expected \\(N, 1, 7, 7\\)"):
+        model().decode(torch.randn(4, 49))
+    with pytest.raises(ValueError, match="expected \\(N, 20\\)"):
+        model("dense", latents=20).decode(torch.randn(4, 21))
+
+
+def test_evaluation_does_not_depend_on_how_it_is_batched(monkeypatch):
+    vae = model().eval()
+    images = torch.randint(0, 256, (50, 1, 28, 28), dtype=torch.uint8)
+    whole = sum(evaluate(vae, images))
+    again = sum(evaluate(vae, images))
+    assert torch.equal(whole, again)
+    assert not torch.equal(whole, sum(evaluate(vae, images, seed=1)))
+    assert whole.shape == (50,)

@@ -1,0 +1,95 @@
+import json
+import re
+import tomllib
+
+import nbformat
+import pytest
+import yaml
+
+from vaenb.runs import ROOT
+
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+@pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
+def notebook(request):
+    return nbformat.read(request.param, as_version=4)
+
+
+def code(book):
+    return [cell for cell in book.cells if cell.cell_type == "code"]
+
+
+def test_environment_yml_has_the_packages_of_pyproject():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = {re.split(r"[<>=!~ ]", line)[0] for line in project["dependencies"] + project["optional-dependencies"]["test"]}
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    (pip,) = [item["pip"] for item in environment if isinstance(item, dict)]
+    names = {re.split(r"[<>=]", item)[0] for item in environment if isinstance(item, str)} - {"python", "pip"}
+    names |= set(pip) - {"--editable ."}
+    assert {{"pytorch": "torch"}.get(name, name) for name in names} == wanted
+    assert f"python{project['requires-python']}" in environment
+
+
+def test_every_dependency_is_pinned():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = (ROOT / "constraints.txt").read_text().lower().replace("_", "-").splitlines()
+    pinned = {line.split("==")[0] for line in lines if "==" in line}
+    assert set(project["dependencies"] + project["optional-dependencies"]["test"]) <= pinned
+
+
+def test_committed_notebooks_were_executed_top_to_bottom_without_error(notebook):
+    assert [cell.execution_count for cell in code(notebook)] == list(range(1, len(code(notebook)) + 1))
+    assert not [
+        out for cell in code(notebook) for out in cell.outputs if out.output_type == "error" or out.get("name") == "stderr"
+    ]
+
+
+def test_nbval_has_something_to_compare(notebook):
+    compared = [
+        cell
+        for cell in code(notebook)
+        if "nbval-ignore-output" not in cell.metadata.get("tags", [])
+        and any(out.get("name") == "stdout" for out in cell.outputs)
+    ]
+    assert len(compared) >= 2
+    assert "holds" in code(notebook)[-1].outputs[0].text.lower()  # the verdicts
+
+
+def test_notebooks_carry_no_trace_of_one_machine(notebook):
+    assert set(notebook.metadata) == {"kernelspec", "language_info"}
+    assert notebook.metadata.kernelspec.name == "python3"
+    assert all(set(cell.metadata) <= {"tags"} for cell in notebook.cells)
+
+
+def test_notebooks_read_well(notebook):
+    assert notebook.cells[0].cell_type == "markdown"
+    assert "Predictions that could fail" in notebook.cells[0].source
+    for cell in code(notebook):
+        lines = cell.source.splitlines()
+        assert len([line for line in lines if line.strip()]) <= 30
+        assert all(len(line) <= 125 for line in lines)
+        assert not re.search(r"\.backward\(|optimi[sz]er", cell.source)
+
+
+def test_pictures_have_alt_text(notebook):
+    pictures = [out for cell in code(notebook) for out in cell.outputs if "image/png" in out.get("data", {})]
+    assert pictures
+    assert all(len(out.metadata["image/png"]["alt"]) > 40 for out in pictures)
+
+
+def test_committed_figures_have_their_numbers_and_are_in_the_readme():
+    readme = (ROOT / "README.md").read_text()
+    pictures = sorted((ROOT / "figures" / "mnist").glob("*.png"))
+    assert len(pictures) >= 7
+    for picture in pictures:
+        content = json.loads(picture.with_suffix(".json").read_text())
+        assert content["alt"]
+        assert "MNIST" in content["caption"]
+        assert picture.name in readme
+
+
+def test_modules_can_be_read_in_a_sitting():
+    lengths = {path.name: len(path.read_text().splitlines()) for path in (ROOT / "vaenb").glob("*.py")}
+    assert max(lengths.values()) <= 420, lengths
+    assert sum(lengths.values()) <= 1900, lengths

@@ -1,0 +1,59 @@
+"""Checkpoints of a training run: everything that the next epoch needs, in one file, without pickle."""
+
+import hashlib
+import warnings
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from vaenb.runs import write_atomically
+
+
+def save(folder: Path, model: nn.Module, optimiser: torch.optim.Optimizer, history: list[list[float]]) -> None:
+    """Keep what the next epoch needs in one file whose name carries its own checksum; drop the one before."""
+    state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    for index, moments in optimiser.state_dict()["state"].items():
+        state |= {f"optimiser.{index}.{name}": tensor for name, tensor in moments.items()}
+    state["history"] = torch.tensor(history, dtype=torch.float64)
+    content = safetensors.torch.save(contiguous(state))
+    older = list(folder.glob("checkpoint-*"))
+    digest = hashlib.sha256(content).hexdigest()[:16]
+    write_atomically(folder / f"checkpoint-{len(history):05d}-{digest}.safetensors", content)
+    for path in older:
+        path.unlink()
+
+
+def restore(folder: Path, model: nn.Module, optimiser: torch.optim.Optimizer) -> list[list[float]]:
+    """Load the newest intact checkpoint into model and optimiser; its history, [] if there is none."""
+    for path in sorted(folder.glob("checkpoint-*"), reverse=True):
+        content = path.read_bytes()
+        try:
+            if hashlib.sha256(content).hexdigest()[:16] != path.stem.rsplit("-", 1)[-1]:
+                raise ValueError("does not match its checksum")
+            state = safetensors.torch.load(content)
+        except (ValueError, SafetensorError) as error:
+            warnings.warn(f"ignoring the damaged checkpoint {path}: {error}", stacklevel=2)
+            path.unlink()
+            continue
+        history = state.pop("history").tolist()
+        model.load_state_dict({name[6:]: tensor for name, tensor in state.items() if name.startswith("model.")})
+        moments: dict[int, dict[str, Tensor]] = {}
+        parameters = list(model.parameters())
+        for name, tensor in state.items():
+            if name.startswith("optimiser."):
+                _, index, moment = name.split(".")
+                like = parameters[int(index)]
+                if tensor.shape == like.shape:  # the fused optimiser needs the parameter's memory layout
+                    tensor = torch.empty_like(like).copy_(tensor)
+                moments.setdefault(int(index), {})[moment] = tensor
+        optimiser.load_state_dict({**optimiser.state_dict(), "state": moments})
+        return history
+    return []
+
+
+def contiguous(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """On the CPU and in the plain memory layout, as safetensors wants them."""
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}

@@ -1,0 +1,102 @@
+"""What a training run is: a configuration, and the loss that it asks for."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vaenb import models
+
+REDUCTIONS = ("sum", "mean")
+
+
+class ConfigError(ValueError):
+    """A configuration that no run can have."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that a training run depends on, besides data and code.
+
+    Attributes:
+        dataset: see ``vaenb.data``.
+        arm: ``spatial``, ``dense`` or ``mixed``, see ``vaenb.models``.
+        latent_size: side of the latent map in positions: 7, 14 or 28 for 28×28 images. Sets the stride of the trunks.
+        latent_channels: channels of the map.
+        latents: length of the latent vector of ``dense``; None: as many as the map has.
+        distortion_reduction, rate_reduction: how the loss adds up pixels and latents. ``sum`` and ``sum`` is −ELBO in
+            nats; the other three are the mistakes that experiment E3 examines.
+        epochs, batch_size, learning_rate: of Adam, with a short linear warm-up and linear decay to zero.
+        seed: of initialisation, order of the data, binarisation and latent noise.
+
+    Raises:
+        ConfigError: a value that no run can have.
+    """
+
+    dataset: str = "digits"
+    arm: str = "spatial"
+    latent_size: int = 7
+    latent_channels: int = 1
+    latents: int | None = None
+    distortion_reduction: str = "sum"
+    rate_reduction: str = "sum"
+    epochs: int = 40
+    batch_size: int = 64
+    learning_rate: float = 8e-3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        choices = {"arm": models.ARMS, "distortion_reduction": REDUCTIONS, "rate_reduction": REDUCTIONS}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"unknown {name} {getattr(self, name)!r}: choose one of {', '.join(allowed)}")
+        for name in ("latent_size", "latent_channels", "epochs", "batch_size", "latents"):
+            value = getattr(self, name)
+            if (value is not None or name != "latents") and (not isinstance(value, int) or value < 1):
+                raise ConfigError(f"{name}={value!r}: expected a whole number of at least 1")
+        if not 0 < self.learning_rate < math.inf:
+            raise ConfigError(f"learning_rate={self.learning_rate!r}: expected a positive number")
+        if self.latents is not None and self.arm != "dense":
+            raise ConfigError(f"latents={self.latents} is for the dense arm; {self.arm} has latent_channels per position")
+
+    @property
+    def label(self) -> str:
+        """A short name for progress lines and folders, such as ``mnist-spatial-7x7x1-s0``."""
+        latent = self.latents or f"{self.latent_size}x{self.latent_size}x{self.latent_channels}"
+        loss = f"{self.distortion_reduction}-{self.rate_reduction}-"
+        return f"{self.dataset}-{self.arm}-{latent}-{'' if loss == 'sum-sum-' else loss}s{self.seed}"
+
+    def stride(self, image_size: Sequence[int]) -> int:
+        """Pixels per position of the map for images of this (height, width).
+
+        Raises:
+            ConfigError: no stride of ``models.STRIDES`` gives a map of ``latent_size``.
+        """
+        sizes = {math.ceil(min(image_size) / stride): stride for stride in models.STRIDES}
+        if self.latent_size not in sizes:
+            raise ConfigError(
+                f"latent_size={self.latent_size}: {image_size[0]}×{image_size[1]} images have maps of side "
+                f"{', '.join(map(str, sorted(sizes)))}"
+            )
+        return sizes[self.latent_size]
+
+    def build(self, image_shape: tuple[int, int, int]) -> models.VAE:
+        """A newly initialised model for images of (C, H, W); the same one every time."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            stride = self.stride(image_shape[1:])
+            model = models.VAE(self.arm, image_shape, stride, self.latent_channels, self.latents)
+            return model.to(memory_format=torch.channels_last)  # faster convolutions on CPUs and GPUs alike
+
+
+def loss_of(config: Config, rate: Tensor, distortion: Tensor, latents: int, pixels: int) -> Tensor:
+    """The loss of a batch. Sum and sum: −ELBO in nats per image; a mean divides its term by its number of entries."""
+    rate = rate.mean() / (latents if config.rate_reduction == "mean" else 1)
+    return distortion.mean() / (pixels if config.distortion_reduction == "mean" else 1) + rate
+
+
+def effective_beta(config: Config, latents: int, pixels: int) -> float:
+    """The β of the β-VAE (Higgins et al. 2017) whose loss is proportional to ``loss_of``."""
+    return (pixels if config.distortion_reduction == "mean" else 1) / (latents if config.rate_reduction == "mean" else 1)
