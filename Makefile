@@ -44,15 +44,17 @@ figures: setup  ## train what is missing, execute the notebooks, make the figure
 # run store in any order; only the comparison of the maps waits for theirs, so as not to compute them in one process.
 MAPS := 02_latent_maps-28 02_latent_maps-14 02_latent_maps-7
 BOOKS := 01_symptom $(MAPS) 03_bug_hunt 02_map_sizes
+WITH = $(if $(PARAMS),--params "$(PARAMS)",--dataset $(DATASET))
 .PHONY: $(BOOKS)
 made: $(BOOKS)
+$(BOOKS): setup
 02_map_sizes: $(MAPS)
 
 $(MAPS):
-	@$(RUN) --params "$(PARAMS)" 02_latent_maps latent_size=$(subst 02_latent_maps-,,$@)
+	@$(RUN) $(WITH) 02_latent_maps latent_size=$(subst 02_latent_maps-,,$@)
 
 $(filter-out $(MAPS),$(BOOKS)):
-	@$(RUN) --params "$(PARAMS)" $@
+	@$(RUN) $(WITH) $@
 
 test: setup  ## unit, property and notebook tests; no network needed
 	@$(VENV)/bin/python -m pytest --nbval -n 2 -q

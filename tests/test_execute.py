@@ -150,7 +150,7 @@ def test_ones_own_parameters_go_to_a_folder_of_that_name(project, tmp_path):
 
 def test_other_mistakes_on_the_command_line(project):
     for arguments, message in (
-        (["00_demo", "n"], "expected name=value"),
+        (["00_demo", "n", "--dataset", "digits"], "expected name=value"),
         (["00_demo", "m=1", "--dataset", "digits"], "has no parameter 'm'"),
         (["99_none", "--dataset", "digits"], "there is no notebook '99_none'"),
         (["00_demo", "--dataset", "imagenet"], "unknown data set 'imagenet': choose auto or one of digits"),
