@@ -10,29 +10,31 @@ PARAMS ?=
 JOBS ?= 2
 export PYTHONDONTWRITEBYTECODE = 1
 
-VENV := build/.venv
-RUN := $(VENV)/bin/python -m vaenb.execute
-# The environment is remade when what it is made from changes; told by content, since git sets the times of files.
-READY := $(VENV)/ready-$(shell cat pyproject.toml constraints.txt | cksum | tr -d ' ')
+# An interpreter with everything installed, such as python in the conda environment of environment.yml; else make sets up
+# build/.venv, again whenever what it is made from changes: told by content, since git sets the times of files.
+INTERPRETER ?=
+READY := build/.venv/ready-$(shell (cat pyproject.toml constraints.txt; pwd) | cksum | tr -d ' ')
+PY := $(or $(INTERPRETER),build/.venv/bin/python)
+RUN := $(PY) -m vaenb.execute
 
 .PHONY: help setup figures test lab lint clean refresh made
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
-	@echo '  DATASET=auto|mnist|fashion|digits chooses the data, PARAMS=my.yaml your own parameters, -j2 two notebooks at once.'
+	@echo '  DATASET=auto|mnist|fashion|digits chooses the data, PARAMS=my.yaml your own parameters, JOBS=4 or -j4 how many notebooks run at once.'
 
-setup: $(READY)  ## the virtual environment in build/.venv, from pinned versions
+setup: $(if $(INTERPRETER),,$(READY))  ## the virtual environment in build/.venv, from pinned versions
 
 $(READY):
-	@rm -rf $(VENV) && mkdir -p build
-	@for candidate in $(PYTHON) python3 python3.13 python3.12 python3.11; do \
+	@rm -rf build/.venv && mkdir -p build
+	@for candidate in $(or $(PYTHON),python3 python3.13 python3.12 python3.11); do \
 	  if $$candidate -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; then found=$$candidate; break; fi; \
 	done; \
 	if [ -z "$$found" ]; then echo 'error: no Python 3.11, 3.12 or 3.13 found; name one with make PYTHON=/path/to/python' >&2; exit 1; fi; \
-	echo "setting up $(VENV) with $$($$found --version) (once; several gigabytes with PyTorch)"; \
-	$$found -m venv $(VENV)
-	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
-	@$(VENV)/bin/python -c 'import torch, torchvision'
+	echo "setting up build/.venv with $$($$found --version) (once; several gigabytes with PyTorch)"; \
+	$$found -m venv build/.venv
+	@$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
+	@$(PY) -c 'import torch, torchvision'
 	@touch $@
 
 figures: setup  ## train what is missing, execute the notebooks, make the figures
@@ -57,13 +59,13 @@ $(filter-out $(MAPS),$(BOOKS)):
 	@$(RUN) $(WITH) $@
 
 test: setup  ## unit, property and notebook tests; no network needed
-	@$(VENV)/bin/python -m pytest --nbval -n 2 -q
+	@$(PY) -m pytest --nbval -n 2 -q
 
 lab: setup  ## JupyterLab on the notebooks
-	@$(VENV)/bin/python -m jupyter lab --notebook-dir=notebooks
+	@$(PY) -m jupyterlab --notebook-dir=notebooks
 
 lint: setup  ## style and dead code
-	@$(VENV)/bin/python -m ruff check . && $(VENV)/bin/python -m ruff format --check .
+	@$(PY) -m ruff check . && $(PY) -m ruff format --check .
 
 refresh: setup  ## execute the committed notebooks in place, on digits, as pytest --nbval compares them
 	@for book in notebooks/*.ipynb; do $(RUN) --in-place $$(basename $$book .ipynb) || exit 1; done

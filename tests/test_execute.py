@@ -148,6 +148,22 @@ def test_ones_own_parameters_go_to_a_folder_of_that_name(project, tmp_path):
     assert (project / "figures/quick/figure_5.png").exists()
 
 
+def test_a_file_with_the_name_of_shipped_parameters_must_not_overwrite_their_figures(project, tmp_path):
+    (tmp_path / "digits.yaml").write_text("dataset: digits\nn: 5\n")
+    with pytest.raises(SystemExit) as caught:
+        main(["00_demo", "--params", str(tmp_path / "digits.yaml")])
+    assert "give it another name" in str(caught.value.code)
+    assert not (project / "figures").exists()
+
+
+def test_ones_own_parameters_may_conclude_otherwise(project, tmp_path):
+    path = tmp_path / "mine.yaml"
+    for n in (12, 13):
+        path.write_text(f"dataset: digits\nn: {n}\n")
+        main(["00_demo", "--params", str(path)])
+        (project / "figures/mine" / f"00_demo_{n}.claims.json").replace(project / "figures/mine/00_demo_13.claims.json")
+
+
 def test_other_mistakes_on_the_command_line(project):
     for arguments, message in (
         (["00_demo", "n", "--dataset", "digits"], "expected name=value"),
@@ -187,13 +203,16 @@ def test_shipped_parameters_fit_every_notebook(path, notebook):
     assert parameters_for(notebook, path, {})["dataset"] == path.stem
 
 
-@pytest.mark.parametrize("notebook", NOTEBOOKS)
-def test_every_notebook_runs_with_tiny_parameters(notebook, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("notebook", "overrides"),
+    [(name, {}) for name in NOTEBOOKS] + [("02_latent_maps", {"latent_size": size}) for size in (14, 28)],
+)
+def test_every_notebook_runs_with_tiny_parameters(notebook, overrides, tmp_path, monkeypatch):
     monkeypatch.setattr(execute, "ROOT", tmp_path)  # figures go there
     (tmp_path / "constraints.txt").touch()
     tiny = {"dataset": "digits", "epochs": 1, "seeds": 2}
     tiny |= {"scaling_epochs": 1} if notebook == "03_bug_hunt" else {}
     (tmp_path / "tiny.yaml").write_text(json.dumps(tiny))
-    execute.execute(notebook, tmp_path / "tiny.yaml", {})
+    execute.execute(notebook, tmp_path / "tiny.yaml", overrides)
     made = {path.suffix for path in (tmp_path / "figures" / "tiny").iterdir()}
     assert made == {".png", ".json", ".ipynb"}

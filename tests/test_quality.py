@@ -71,8 +71,9 @@ def test_connected_components_of_known_pictures():
 
 def test_data_are_mostly_one_stroke_and_noise_is_not():
     images = load("digits")
-    shares = quality.strokes(Config("digits").build((1, 28, 28)).eval(), images, n=50)
-    assert shares["data"] > 0.9
+    statistics = quality.picture_statistics(Config("digits").build((1, 28, 28)).eval(), images, n=50)
+    assert statistics["one_stroke_data"] > 0.9
+    assert statistics["variety_samples"] < 0.1  # untrained: always the same grey
     noise = torch.rand(50, 1, 28, 28, generator=torch.Generator().manual_seed(0))
     assert (quality.connected_components(noise, 0.8) > 1).mean() > 0.9
 
@@ -156,5 +157,19 @@ def test_squared_correlation_is_numpys():
 
 
 def test_neighbour_test_needs_maps():
-    with pytest.raises(ValueError, match="at least 3 images of at least 2×2"):
-        dependence.neighbour_test(np.zeros((10, 1, 5)))
+    with pytest.raises(ValueError, match="need 3 images and adjacent positions"):
+        dependence.neighbour_test(np.zeros((2, 5, 5)))
+    apart = np.zeros((5, 5), dtype=bool)
+    apart[[0, 2, 4], [0, 2, 4]] = True
+    with pytest.raises(ValueError, match="3 positions used"):
+        dependence.neighbour_test(np.zeros((10, 5, 5)), apart)
+
+
+def test_a_blank_border_alone_is_not_arrangement_among_used_positions():
+    generator = np.random.default_rng(3)
+    common = generator.normal(size=(200, 1, 1))
+    used = np.zeros((9, 9), dtype=bool)
+    used[2:7, 2:7] = True
+    latents = np.where(used, common, 0) + generator.normal(size=(200, 9, 9))  # equally dependent inside, nothing outside
+    assert dependence.p_value(*dependence.neighbour_test(latents)) == pytest.approx(0.001)
+    assert dependence.p_value(*dependence.neighbour_test(latents, used)) > 0.01

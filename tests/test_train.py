@@ -116,7 +116,7 @@ def test_a_damaged_checkpoint_is_not_resumed_from(damage, monkeypatch):
 
 def test_divergence_stops_with_step_and_config_and_keeps_the_checkpoint(monkeypatch):
     with pytest.raises(
-        TrainingDiverged, match=r"loss .* at step \d+ of epoch 1 .*no epoch was completed.*learning_rate=1e\+30"
+        TrainingDiverged, match=r"loss .* at step \d+ of epoch 1.*no epoch was completed.*learning_rate=1e\+30"
     ):
         fit(dataclasses.replace(TINY, learning_rate=1e30))
     config, real, calls = dataclasses.replace(TINY, seed=3), models.VAE.forward, iter(range(1000))
@@ -126,9 +126,19 @@ def test_divergence_stops_with_step_and_config_and_keeps_the_checkpoint(monkeypa
         return rate, distortion * (float("nan") if next(calls) == 30 else 1)
 
     monkeypatch.setattr(models.VAE, "forward", poisoned)
-    with pytest.raises(TrainingDiverged, match=r"loss nan at step 5 of epoch 2 .*checkpoint after epoch 1 is kept in"):
+    with pytest.raises(TrainingDiverged, match=r"loss nan at step 5 of epoch 2: .*checkpoint after epoch 1 is kept in"):
         fit(config)
     assert list((runs.build_folder() / "runs").glob("*.partial/checkpoint-00001-*"))
+
+
+def test_a_last_step_that_ruins_the_weights_is_not_stored(monkeypatch):
+    def ruined(model, images):
+        return torch.full((len(images),), float("nan")), torch.zeros(len(images))
+
+    monkeypatch.setattr(models, "evaluate", ruined)
+    with pytest.raises(TrainingDiverged, match="loss nan on the test images after epoch 1"):
+        fit(dataclasses.replace(TINY, epochs=1))
+    assert not list((runs.build_folder() / "runs").glob("*/model.safetensors"))
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,7 @@ class _Unreachable(DataError):
 
 
 def _load_digits() -> tuple[Tensor, ...]:
-    """1,797 digits of 8×8 pixels (0..16), enlarged to 28×28; every ninth is a test image (198), the rest train."""
+    """1,797 digits of 8×8 pixels (0..16), enlarged to 28×28; every ninth is a test image (200), the rest train (1,597)."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -194,7 +194,7 @@ def _download(cls: type, own: Path) -> None:
             for archive, _ in cls.resources:
                 os.replace(Path(scratch, cls.__name__, "raw", archive), own / archive)
     except (OSError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[-1]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
         raise _Unreachable(
             f"{cls.__name__} is in none of $VAENB_DATA, ../shared/data, build/data, and the download failed: {reason}"
         ) from error

@@ -7,10 +7,10 @@ def squared_correlation(latents: np.ndarray) -> np.ndarray:
     """r² between every two positions, across images.
 
     Args:
-        latents: (N, h, w), one map per image.
+        latents: (N, ...), one map per image.
 
     Returns:
-        (h·w, h·w); positions that never vary correlate with nothing.
+        (d, d) for d positions; those that never vary correlate with nothing.
     """
     flat = latents.reshape(len(latents), -1).astype(np.float64)
     flat = flat - flat.mean(axis=0)
@@ -19,32 +19,41 @@ def squared_correlation(latents: np.ndarray) -> np.ndarray:
     return (flat.T @ flat) ** 2
 
 
-def neighbour_test(latents: np.ndarray, permutations: int = 999, seed: int = 0) -> tuple[float, np.ndarray]:
+def neighbour_test(
+    latents: np.ndarray, used: np.ndarray | None = None, permutations: int = 999, seed: int = 0
+) -> tuple[float, np.ndarray]:
     """Does it matter where a latent lies? Mean r² of adjacent positions, and the same with the positions shuffled.
 
-    A map that is a picture of something has neighbours that say more about each other than strangers do. In a vector that
-    was merely reshaped, order means nothing, and the observed value is like any of the shuffled ones. Unlike the sight of a
-    single map, the statistic looks across images; unlike their independence, it is about arrangement only.
+    In a map, neighbours say more about each other than strangers do. In a vector that was merely reshaped, order means
+    nothing, and the observed value is like any of the shuffled ones. The mean of the null is the average r² of any two
+    positions: how dependent they are, wherever they lie. Draw ``latents`` from q(z|x) rather than take its mean, or what a
+    latent that is hardly used whispers counts as much as what a used one says.
 
     Args:
         latents: (N, h, w), one map per image.
-        permutations: of the h·w positions.
+        used: (h, w); only these positions take part, and are shuffled among themselves. Without it, a map with a blank
+            border is arranged already because its used positions lie together.
+        permutations: of the positions.
         seed: of the permutations.
 
     Returns:
         The observed value and the ``permutations`` values of the null.
 
     Raises:
-        ValueError: fewer than 2 positions along an axis or fewer than 3 images.
+        ValueError: fewer than 3 images, or no two adjacent positions.
     """
     count, height, width = latents.shape
-    if min(height, width) < 2 or count < 3:
-        raise ValueError(f"maps of shape {latents.shape}: need at least 3 images of at least 2×2 positions")
-    squares = squared_correlation(latents)
-    index = np.arange(height * width).reshape(height, width)
-    first = np.concatenate([index[:, :-1].ravel(), index[:-1].ravel()])
-    second = np.concatenate([index[:, 1:].ravel(), index[1:].ravel()])
-    shuffles = np.random.default_rng(seed).permuted(np.tile(index.ravel(), (permutations, 1)), axis=1)
+    used = np.ones((height, width), dtype=bool) if used is None else used
+    index = np.where(used, np.cumsum(used).reshape(used.shape) - 1, -1)  # among the used positions
+    pairs = np.concatenate([
+        np.stack([index[:, :-1].ravel(), index[:, 1:].ravel()], axis=1),
+        np.stack([index[:-1].ravel(), index[1:].ravel()], axis=1),
+    ])  # fmt: skip
+    first, second = pairs[(pairs >= 0).all(axis=1)].T
+    if count < 3 or len(first) == 0:
+        raise ValueError(f"maps of shape {latents.shape}, {used.sum()} positions used: need 3 images and adjacent positions")
+    squares = squared_correlation(latents[:, used])
+    shuffles = np.random.default_rng(seed).permuted(np.tile(np.arange(used.sum()), (permutations, 1)), axis=1)
     return squares[first, second].mean(), np.array([squares[p[first], p[second]].mean() for p in shuffles])
 
 

@@ -20,8 +20,9 @@ from typing import Any
 import yaml
 
 from vaenb import claims
-from vaenb.runs import ROOT, DiskFull, build_folder, exclusive, sha256, write_atomically
+from vaenb.runs import ROOT, build_folder, exclusive, sha256, write_atomically
 
+SOURCE = Path(__file__).resolve().parents[1]  # the kernels must use this checkout, wherever the environment came from
 NOTEBOOKS = ROOT / "notebooks"
 
 
@@ -88,14 +89,17 @@ def execute(notebook: str, path: Path, overrides: Mapping[str, Any]) -> bool:
     Args:
         notebook: name without suffix.
         path: parameter file; its stem names the folder under ``figures/``.
-        overrides: further parameters; their values become part of the outputs' names.
+        overrides: further parameters; their values become part of the name of the executed copy.
 
     Raises:
-        ExecutionError: unknown notebook or parameter, missing kernel, a cell that failed, a claim that was lost.
+        ExecutionError: unknown notebook or parameter, missing kernel, a cell that failed, a claim of the same shipped
+            parameters that no longer holds.
     """
     source = NOTEBOOKS / f"{notebook}.ipynb"
     if not source.is_file():
         raise ExecutionError(f"there is no notebook {notebook!r} in {NOTEBOOKS}")
+    if (shipped := NOTEBOOKS / "params" / path.name).exists() and path.resolve() != shipped.resolve():
+        raise ExecutionError(f"{path} has the name of {shipped}, whose figures it would overwrite: give it another name")
     name = "_".join([notebook, *map(str, overrides.values())])
     target, stamp = ROOT / "figures" / path.stem, build_folder() / "stamps" / path.stem / f"{name}.json"
     with exclusive(stamp.with_suffix(".lock")):
@@ -112,11 +116,12 @@ def execute(notebook: str, path: Path, overrides: Mapping[str, Any]) -> bool:
         copy = staging / f"{name}.ipynb"
         try:
             _papermill(source, copy, parameters, staging)
-            if gone := claims.lost(target / f"{name}.claims.json", staging / f"{name}.claims.json"):
-                raise ExecutionError(
-                    f"{name} no longer reproduces what {target / f'{name}.claims.json'} claims: {'; '.join(gone)}. If "
-                    "that is right, delete that file and run the same command again"
-                )
+            for concluded in staging.glob("*.claims.json") if path.resolve().parent == NOTEBOOKS / "params" else ():
+                if gone := claims.lost(target / concluded.name, concluded):
+                    raise ExecutionError(
+                        f"{name} no longer reproduces what {target / concluded.name} claims: {'; '.join(gone)}. If that is "
+                        "right, delete that file and run the same command again"
+                    )
         except ExecutionError as error:
             failed = build_folder() / "failed" / path.stem
             failed.mkdir(parents=True, exist_ok=True)
@@ -127,7 +132,8 @@ def execute(notebook: str, path: Path, overrides: Mapping[str, Any]) -> bool:
         target.mkdir(parents=True, exist_ok=True)
         for file in sorted(staging.iterdir()):
             outputs[str((target / file.name).relative_to(ROOT))] = sha256(file)
-            os.replace(file, target / file.name)
+            write_atomically(target / file.name, file.read_bytes())  # build/ may lie on another device
+            file.unlink()
         for file in set(before.get("outputs", {})) - set(outputs):  # a figure that the notebook no longer makes
             (ROOT / file).unlink(missing_ok=True)
         staging.rmdir()
@@ -159,8 +165,10 @@ def _papermill(source: Path, copy: Path, parameters: dict[str, Any], staging: Pa
     import nbformat
     import papermill
     from jupyter_client.kernelspec import NoSuchKernel
+    from nbclient.exceptions import DeadKernelError
 
     os.environ.update(VAENB_FIGURES=str(staging), JUPYTER_PREFER_ENV_PATH="1")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(SOURCE), os.environ.get("PYTHONPATH")]))
     os.environ.setdefault("VAENB_PROGRESS", "plain")
     try:
         papermill.execute_notebook(
@@ -177,12 +185,16 @@ def _papermill(source: Path, copy: Path, parameters: dict[str, Any], staging: Pa
         raise ExecutionError(
             "the Jupyter kernel 'python3' is missing from this environment: reinstall it with make clean and make figures"
         ) from None
+    except DeadKernelError:
+        raise ExecutionError(f"the kernel that ran {source.name} died; perhaps the machine ran out of memory") from None
     except papermill.PapermillExecutionError as error:
         raise ExecutionError(f"{source.name}, cell {error.exec_count}: {error.ename}: {error.evalue}") from None
     book = nbformat.read(copy, as_version=4)
     book.metadata = {"kernelspec": book.metadata.kernelspec, "language_info": {"name": "python"}}
     for cell in book.cells:
         cell.metadata = {"tags": cell.metadata["tags"]} if cell.metadata.get("tags") else {}
+        if "injected-parameters" in cell.metadata.get("tags", []):
+            cell.id = "injected-parameters"  # papermill's is random
         if cell.cell_type == "code":  # progress is for whoever watches, not for readers
             cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
     write_atomically(copy, nbformat.writes(book) + "\n")
@@ -229,6 +241,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--resolve", action="store_true", help="only print the parameter file that would be used")
     parser.add_argument("--times", action="store_true", help="only print how long each notebook took")
     options = parser.parse_args(arguments)
+    for folder in {"VAENB_BUILD", "VAENB_DATA"} & set(os.environ):  # kernels run in another folder
+        os.environ[folder] = os.environ[folder] and str(Path(os.environ[folder]).absolute())
     try:
         path = options.params or parameter_file(options.dataset)
         overrides = {}
@@ -249,7 +263,7 @@ def main(arguments: list[str] | None = None) -> None:
             execute(options.notebook, path, overrides)
     except KeyboardInterrupt:
         sys.exit("interrupted: finished runs and checkpoints are kept, the same command goes on from there")
-    except (ExecutionError, DiskFull) as error:
+    except (ExecutionError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

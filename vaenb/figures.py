@@ -195,7 +195,7 @@ def map_sizes(
         figure = new(height=7.6)
         figure.suptitle(title, fontweight="bold", fontsize=11.5)
         above, below = figure.subfigures(2, 1, height_ratios=[4.9, 2.5])
-        grid = above.subplots(3, len(sizes), height_ratios=[0.36, 0.75, 3.0], squeeze=False)
+        grid = above.subplots(3, len(sizes), height_ratios=[0.34, 0.66, 3.0], squeeze=False)
         for column, size in enumerate(sizes):
             show_ink(grid[0, column], images, len(images), f"{size}×{size} map: {size * size} latents")
             limit = float(np.quantile(np.abs(means[column]), 0.995))
@@ -280,7 +280,10 @@ def learning_curves(curves: Mapping[str, Mapping[str, Sequence[Sequence[float]]]
                     label = f"{ARM_TITLES[arm]}, {split}" if index == 0 else None
                     axes.plot(range(1, len(values) + 1), values, line, color=ARM_COLOURS[arm], label=label, linewidth=1.4)
         settled = [values[len(values) // 5] for splits in curves.values() for line in splits.values() for values in line]
-        axes.set(xlabel="epoch", ylabel="−ELBO, nats per image", ylim=(None, max(settled) + 2))  # not the first descent
+        lowest = min(min(values) for splits in curves.values() for line in splits.values() for values in line)
+        axes.set(
+            xlabel="epoch", ylabel="−ELBO, nats per image", ylim=(lowest - 2, max(settled) + 2)
+        )  # not the first descent
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend(fontsize=8.5)
     return figure
@@ -291,7 +294,7 @@ def loss_scaling(
 ) -> Figure:
     """Prior samples of every way to scale the loss: a row per arm, a column per scaling (arm -> scaling -> pictures)."""
     with mpl.rc_context(STYLE):
-        figure = new(height=6.2)
+        figure = new(height=6.5)
         figure.suptitle(title, fontweight="bold", fontsize=11.5)
         grid = figure.subplots(len(pictures), len(next(iter(pictures.values()))), squeeze=False)
         for row, (arm, scalings) in enumerate(pictures.items()):

@@ -19,7 +19,7 @@ from vaenb.data import binarise
 
 ARMS = ("spatial", "dense", "mixed")
 STRIDES = (1, 2, 4)
-BATCH = 500  # images through a model at once when nothing is trained: bounds the memory, changes no result
+BATCH = 250  # images through a model at once when nothing is trained: bounds the memory, changes no result
 
 
 class ImageSizeError(ValueError):

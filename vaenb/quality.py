@@ -123,9 +123,18 @@ def pictures(model: VAE, images: ImageSet, n: int, seed: int = 0) -> dict[str, T
     return {"samples": torch.cat(samples), "reconstructions": torch.cat(reconstructions), "data": data}
 
 
-def strokes(model: VAE, images: ImageSet, n: int = 10_000) -> dict[str, Any]:
-    """Share of each kind of ``pictures`` that is one connected stroke (``connected_components`` = 1)."""
-    return {name: float((connected_components(p) == 1).mean()) for name, p in pictures(model, images, n).items()}
+def picture_statistics(model: VAE, images: ImageSet, n: int = 10_000) -> dict[str, Any]:
+    """What ``pictures`` look like in numbers, for ``n`` samples and the test set.
+
+    ``one_stroke_*``: share of data, reconstructions and samples that are one connected stroke. ``variety_*``: variance
+    between pictures, summed over pixels and relative to that of the data; 0 for a model that always draws the same.
+    """
+    drawn = pictures(model, images, n)
+    spread = {name: p.var(dim=0).sum().item() for name, p in drawn.items()}
+    return {
+        **{f"one_stroke_{name}": float((connected_components(p) == 1).mean()) for name, p in drawn.items()},
+        **{f"variety_{name}": spread[name] / spread["data"] for name in ("samples", "reconstructions")},
+    }
 
 
 def interval(values: list[float], confidence: float = 0.95) -> tuple[float, float]:

@@ -105,7 +105,7 @@ def entry(
         spec: everything the content depends on besides source code; JSON-able.
         modules: modules whose source the content depends on.
         make: fills the folder that it is given and returns a JSON-able summary for ``run.json``. It may find there what
-            an interrupted call left, and should go on from that.
+            an interrupted call left, and should go on from that. Its files named ``checkpoint-*`` are not kept.
         wait: for another process that computes the same entry, rather than raise ``Busy``.
 
     Raises:
@@ -127,8 +127,8 @@ def entry(
         summary = make(partial)
         run = {"label": label, "spec": spec, "summary": summary, "environment": _environment()}
         write_atomically(partial / "run.json", json.dumps(run, indent=1, sort_keys=True) + "\n")
-        for leftover in [*partial.glob(".*"), partial / CHECKSUMS]:  # of a process that was killed while it wrote
-            leftover.unlink(missing_ok=True)
+        for leftover in [*partial.glob(".*"), *partial.glob("checkpoint-*"), partial / CHECKSUMS]:
+            leftover.unlink(missing_ok=True)  # what only an interrupted ``make`` needs
         files = sorted(partial.iterdir())
         write_atomically(partial / CHECKSUMS, "".join(f"{sha256(path)}  {path.name}\n" for path in files))
         os.replace(partial, folder)

@@ -30,12 +30,12 @@ from vaenb.progress import Progress
 WARM_UP = 0.05  # share of all steps
 BETAS = (0.9, 0.99)  # of Adam; a shorter memory of the squared gradient suits a few thousand steps
 HISTORY = ("epoch", "rate", "distortion", "test_rate", "test_distortion")
-EXPLODED = 1e3  # times the loss of the first step
+EXPLODED = 1e3  # times the loss of guessing every pixel by tossing a coin
 CODE = [data, models, checkpoints, *(sys.modules[name] for name in (Config.__module__, __name__))]  # what a run depends on
 
 
 class TrainingDiverged(RuntimeError):
-    """The loss became NaN, infinite, or a thousand times what it was at the first step."""
+    """The loss became NaN, infinite, or a thousand times that of guessing every pixel by tossing a coin."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,7 @@ class Run:
         def compute(_: Path) -> dict[str, Any]:
             with Progress(f"{self.config.label}: {function.__name__}", 1) as progress, _one_thread():
                 result = function(self.model, self.images, **arguments)
+                progress.step()
                 progress.milestone("measured")
             return result
 
@@ -85,13 +86,14 @@ class Run:
         return runs.read(runs.entry(label, spec, [inspect.getmodule(function)], compute, wait))["summary"]
 
 
-def fit(config: Config, fabric: Fabric | None = None, wait: bool = True) -> Run:
+def fit(config: Config, wait: bool = True) -> Run:
     """The trained run of this configuration: from the store if it is there, else trained now and stored.
+
+    It trains on a GPU if there is one, else on one CPU thread: two runs side by side on two cores beat one run on both,
+    and the number of threads is part of what makes a run repeat bit for bit.
 
     Args:
         config: what to train.
-        fabric: where to train; by default a GPU if there is one, else one CPU thread (two runs side by side on two cores
-            beat one run on both, and the thread count is part of what makes a run repeat bit for bit).
         wait: for another process that trains the same run, rather than raise ``runs.Busy``.
 
     Raises:
@@ -102,8 +104,8 @@ def fit(config: Config, fabric: Fabric | None = None, wait: bool = True) -> Run:
     """
     images = data.load(config.dataset)
     config.stride(images.image_shape[1:])  # a wrong map size must fail before anything is written
-    spec = {"config": dataclasses.asdict(config), "data": images.fingerprint}
-    return Run(config, runs.entry(config.label, spec, CODE, lambda folder: _train(config, images, folder, fabric), wait))
+    spec = {"config": dataclasses.asdict(config), "data": images.fingerprint, "torch": torch.__version__}
+    return Run(config, runs.entry(config.label, spec, CODE, lambda folder: _train(config, images, folder), wait))
 
 
 def fit_all(configs: Sequence[Config], measures: Sequence[Callable[..., dict[str, Any]]] = ()) -> list[Run]:
@@ -140,10 +142,10 @@ def schedule(progress: float) -> float:
     return min(progress / WARM_UP, (1 - progress) / (1 - WARM_UP))
 
 
-def _train(config: Config, images: data.ImageSet, folder: Path, fabric: Fabric | None) -> dict[str, Any]:
+def _train(config: Config, images: data.ImageSet, folder: Path) -> dict[str, Any]:
     """Fill ``folder`` with model.safetensors and history.csv, going on from a checkpoint that is there."""
     started = time.perf_counter()
-    fabric = fabric or Fabric(accelerator="auto", devices=1)
+    fabric = Fabric(accelerator="cuda" if torch.cuda.is_available() else "cpu", devices=1)
     model = config.build(images.image_shape)
     latents, pixels = math.prod(model.latent_shape), math.prod(images.image_shape)
     adam = torch.optim.Adam(model.parameters(), lr=config.learning_rate, betas=BETAS, fused=True)
@@ -151,43 +153,43 @@ def _train(config: Config, images: data.ImageSet, folder: Path, fabric: Fabric |
     train = images.train.to(fabric.device)
     steps = math.ceil(len(train) / config.batch_size)
     history = checkpoints.restore(folder, model, optimiser)
-    first_loss = None
+    limit = EXPLODED * loss_of(config, torch.zeros(1), torch.full((1,), pixels * math.log(2)), latents, pixels).item()
+
+    def stop_if_diverged(loss: float, when: str) -> None:
+        if not loss < limit:  # also true of NaN
+            kept = f"the checkpoint after epoch {len(history)} is kept in {folder}" if history else "no epoch was completed"
+            raise TrainingDiverged(f"loss {loss:g} {when}: lower learning_rate; {kept}. {config}")
+
     with Progress(config.label, config.epochs * steps, len(history) * steps) as progress, _one_thread():
         for epoch in range(len(history), config.epochs):
-            draw = torch.Generator(fabric.device).manual_seed(1_000_003 * config.seed + epoch)
+            draw = torch.Generator().manual_seed(1_000_003 * config.seed + epoch)  # on the CPU: the same for every device
             sums = torch.zeros(2, dtype=torch.float64, device=fabric.device)
-            order = torch.randperm(len(train), generator=draw, device=fabric.device)
-            for step, batch in enumerate(order.split(config.batch_size)):
-                uniform = torch.rand(len(batch), *images.image_shape, generator=draw, device=fabric.device)
-                noise = torch.randn(len(batch), *model.latent_shape, generator=draw, device=fabric.device)
+            for step, batch in enumerate(torch.randperm(len(train), generator=draw).split(config.batch_size)):
+                uniform = torch.rand(len(batch), *images.image_shape, generator=draw).to(fabric.device)
+                noise = torch.randn(len(batch), *model.latent_shape, generator=draw).to(fabric.device)
                 for group in optimiser.param_groups:
                     group["lr"] = config.learning_rate * schedule((epoch * steps + step) / (config.epochs * steps))
-                rate, distortion = wrapped(data.binarise(train[batch], uniform), noise)
+                rate, distortion = wrapped(data.binarise(train[batch.to(fabric.device)], uniform), noise)
                 loss = loss_of(config, rate, distortion, latents, pixels)
-                value = loss.item()
-                first_loss = value if first_loss is None else first_loss
-                if not value < EXPLODED * max(first_loss, 1.0):  # also true of NaN
-                    kept = f"the checkpoint after epoch {epoch} is kept in {folder}" if epoch else "no epoch was completed"
-                    raise TrainingDiverged(
-                        f"loss {value:g} at step {step + 1} of epoch {epoch + 1} (it began at {first_loss:g}): lower "
-                        f"learning_rate; {kept}. {config}"
-                    )
+                stop_if_diverged(loss.item(), f"at step {step + 1} of epoch {epoch + 1}")
                 optimiser.zero_grad()
                 fabric.backward(loss)
                 optimiser.step()
                 sums += torch.stack([rate.detach().sum(), distortion.detach().sum()])
                 progress.step()
-            test = [terms.double().mean().item() for terms in models.evaluate(model, images.test)]
-            history.append([epoch + 1, *(sums / len(train)).tolist(), *test])
+            rate, distortion = (terms.double().mean() for terms in models.evaluate(model, images.test))
+            stop_if_diverged(
+                loss_of(config, rate, distortion, latents, pixels).item(), f"on the test images after epoch {epoch + 1}"
+            )
+            history.append([epoch + 1, *(sums / len(train)).tolist(), rate.item(), distortion.item()])
             checkpoints.save(folder, model, optimiser, history)
-            progress.milestone(f"epoch {epoch + 1}/{config.epochs}, test −ELBO {sum(test):.2f} nats")
+            progress.milestone(f"epoch {epoch + 1}/{config.epochs}, test −ELBO {(rate + distortion).item():.2f} nats")
     table = io.StringIO()
     csv.writer(table, lineterminator="\n").writerows([HISTORY, *([int(epoch), *terms] for epoch, *terms in history)])
     runs.write_atomically(folder / "history.csv", table.getvalue())
     runs.write_atomically(folder / "model.safetensors", safetensors.torch.save(checkpoints.contiguous(model.state_dict())))
-    for path in folder.glob("checkpoint-*"):
-        path.unlink()
-    return {"seconds": time.perf_counter() - started, "parameters": sum(p.numel() for p in model.parameters())}
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return {"seconds": time.perf_counter() - started, "parameters": parameters, "device": str(fabric.device)}
 
 
 @contextmanager
