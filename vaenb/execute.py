@@ -179,7 +179,7 @@ def _papermill(source: Path, copy: Path, parameters: dict[str, Any], staging: Pa
             cwd=NOTEBOOKS,
             progress_bar=False,
             stderr_file=sys.stderr,
-            extra_arguments=["--IPKernelApp.log_level=ERROR"],  # no note about unencrypted local sockets on each start
+            extra_arguments=["--IPKernelApp.log_level=CRITICAL"],  # no notes on each start and stop
         )
     except NoSuchKernel:
         raise ExecutionError(
