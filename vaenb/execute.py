@@ -169,7 +169,7 @@ def _papermill(source: Path, copy: Path, parameters: dict[str, Any], staging: Pa
 
     os.environ.update(VAENB_FIGURES=str(staging), JUPYTER_PREFER_ENV_PATH="1")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(SOURCE), os.environ.get("PYTHONPATH")]))
-    os.environ.setdefault("VAENB_PROGRESS", "plain")
+    os.environ.setdefault("VAENB_PROGRESS", "bar" if sys.stderr.isatty() else "plain")
     try:
         papermill.execute_notebook(
             source,

@@ -1,12 +1,16 @@
 """Progress of long computations: a bar in a terminal and in JupyterLab, plain lines in a log, nothing in tests.
 
-``VAENB_PROGRESS`` chooses: ``bar``, ``plain``, ``off``, or ``auto`` (the default: a bar where somebody watches).
+``VAENB_PROGRESS`` chooses: ``bar`` (of characters), ``plain``, ``off``, or ``auto`` (the default: a bar where somebody
+watches, lines elsewhere).
 """
 
 import os
 import sys
 import time
 from types import TracebackType
+
+import tqdm.auto
+import tqdm.std
 
 
 class Progress:
@@ -18,10 +22,12 @@ class Progress:
         watched = sys.stderr.isatty() or "ipykernel" in sys.modules
         self.plain = mode == "plain" or (mode == "auto" and not watched)
         self.bar = None
-        if mode == "bar" or (mode == "auto" and watched):
-            from tqdm.auto import tqdm
-
-            self.bar = tqdm(desc=label, total=total, initial=done, leave=False, dynamic_ncols=True)
+        if mode == "bar":  # under make, where several processes take turns on the terminal's last line
+            self.bar = tqdm.std.tqdm(
+                desc=label, total=total, initial=done, leave=False, ncols=110, position=0, mininterval=1
+            )
+        elif mode == "auto" and watched:
+            self.bar = tqdm.auto.tqdm(desc=label, total=total, initial=done, leave=False, dynamic_ncols=True)
 
     def step(self) -> None:
         """One step is done."""
