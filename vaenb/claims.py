@@ -15,7 +15,7 @@ class Claim:
 
     Attributes:
         id: experiment and number, such as ``E1.2``.
-        claim: the sentence, written before the measurement.
+        claim: the sentence. One that was restated after a measurement was seen is named as such in the notebook.
         measured: the numbers that decide, with their uncertainty; JSON-able.
         holds: whether they bear the sentence out. A prediction that failed stays, with False.
     """
