@@ -21,10 +21,11 @@ conclude(f"00_demo_{n}", dataset, [Claim("E0.1", "It holds.", {}, n != 13)])
 def project(tmp_path, monkeypatch, build):
     """A checkout of its own with one notebook, and a shell that reads its errors."""
     root = tmp_path / "a chëckout"
-    for folder in ("notebooks/params", "vaenb"):
+    for folder in ("notebooks/params", "vaenb/plots", "vaenb/.ipynb_checkpoints"):
         (root / folder).mkdir(parents=True)
     (root / "constraints.txt").write_text("torch==1\n")
-    (root / "vaenb" / "module.py").write_text("x = 1\n")
+    for module in ("module.py", "plots/plot.py"):
+        (root / "vaenb" / module).write_text("x = 1\n")
     (root / "notebooks" / "params" / "digits.yaml").write_text("dataset: digits\n")
     for module, name, value in ((execute, "ROOT", root), (execute, "NOTEBOOKS", root / "notebooks"), (claims, "ROOT", root)):
         monkeypatch.setattr(module, name, value)
@@ -58,6 +59,7 @@ def test_figures_appear_and_nothing_is_done_twice(project, build, capsys):
     assert sorted(p.name for p in target.iterdir()) == ["00_demo_3.claims.json", "00_demo_3.ipynb", "figure_3.png"]
     capsys.readouterr()
     os.utime(project / "notebooks" / "00_demo.ipynb", (0, 0))  # clocks and touched files mean nothing
+    (project / "vaenb/.ipynb_checkpoints/module-checkpoint.py").write_text("x = 2\n")  # nor what JupyterLab leaves
     run("n=3")
     assert capsys.readouterr().err == ""
     book = nbformat.read(target / "00_demo_3.ipynb", as_version=4)
@@ -72,6 +74,7 @@ def test_figures_appear_and_nothing_is_done_twice(project, build, capsys):
         lambda p: (p / "figures/digits/figure_1.png").write_text("damaged"),
         lambda p: (p / "figures/digits/figure_1.png").unlink(),
         lambda p: (p / "vaenb/module.py").write_text("x = 2\n"),
+        lambda p: (p / "vaenb/plots/plot.py").write_text("x = 2\n"),
         lambda p: (p / "constraints.txt").write_text("torch==2\n"),
         lambda p: (p / "notebooks/params/digits.yaml").write_text("dataset: digits\nn: 1\n"),
         lambda p: write_notebook(p, WRITES + "# edited"),

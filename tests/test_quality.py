@@ -1,64 +1,18 @@
-import itertools
+import json
 import math
+import warnings
 
 import numpy as np
 import pytest
 import torch
-from scipy import stats
+from prdc import compute_prdc
+from scipy import linalg, stats
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.kid import KernelInceptionDistance
 
-from vaenb import checks, dependence, quality
+from vaenb import checks, quality
 from vaenb.config import Config
 from vaenb.data import load
-from vaenb.models import VAE, evaluate
-
-
-def small():
-    """A VAE small enough for its likelihood to be integrated: four pixels, one latent."""
-    torch.manual_seed(3)
-    model = VAE("dense", (1, 2, 2), stride=1, latents=1)
-    for parameter in model.parameters():
-        parameter.data.mul_(2.0)  # so that z matters
-    return model.eval()
-
-
-def exact(model, x):
-    """log p(x) by numerical integration over the one latent."""
-    grid = torch.linspace(-8, 8, 8001)[:, None]
-    with torch.no_grad():
-        joint = torch.stack([model.decode(grid).log_prob(image[None]) + model.prior().log_prob(grid) for image in x])
-    return (joint.double().logsumexp(1) + math.log(16 / 8000)).float()
-
-
-def test_importance_weighted_bound_reaches_the_integrated_likelihood():
-    model = small()
-    everything = torch.tensor(list(itertools.product([0, 255], repeat=4)), dtype=torch.uint8).view(-1, 1, 2, 2)
-    truth = -exact(model, everything.float() / 255)
-    assert (-truth).exp().sum().item() == pytest.approx(1, abs=1e-4)  # the integral is right: probabilities sum to one
-    weights = quality.log_weights(model, everything, k=5000)
-    torch.testing.assert_close(quality.negative_log_likelihood(weights), truth, atol=0.02, rtol=0)
-    bounds = [quality.negative_log_likelihood(weights[:k]).mean() for k in (1, 10, 5000)]
-    assert bounds[0] > bounds[1] > bounds[2]
-    assert (-weights.mean(0) > truth).all()  # −ELBO bounds from above
-
-
-def test_bounds_agree_with_a_direct_evaluation_on_the_whole_test_set():
-    images, model = load("digits"), Config("digits", "dense", latents=8).build((1, 28, 28)).eval()
-    measured = quality.bounds(model, images, k=10)
-    rate, distortion = evaluate(model, images.test)
-    assert measured["rate"] == pytest.approx(rate.mean().item(), rel=1e-5)
-    assert measured["negative_elbo"] == pytest.approx((rate + distortion).mean().item(), rel=1e-5)
-    direct = quality.negative_log_likelihood(quality.log_weights(model, images.test, 10)).mean().item()
-    assert measured["negative_log_likelihood"] == pytest.approx(direct, abs=0.5)
-    assert measured["standard_error"] == 0
-    part = quality.bounds(model, images, k=10, subset=100)
-    assert part["negative_log_likelihood"] == pytest.approx(direct, abs=0.5 + 5 * part["standard_error"])
-
-
-def test_activity_sums_to_the_rate():
-    images, model = load("digits"), Config("digits").build((1, 28, 28)).eval()
-    activity = np.array(quality.posterior_activity(model, images)["rate_per_latent"])
-    assert activity.shape == model.latent_shape
-    assert activity.sum() == pytest.approx(quality.elbo(model, images)["rate"], rel=1e-3)
 
 
 def test_connected_components_of_known_pictures():
@@ -87,9 +41,185 @@ def test_interval_is_students_t():
         quality.interval([1.0])
 
 
-def test_too_few_draws():
-    with pytest.raises(ValueError, match="at least one draw"):
-        quality.log_weights(small(), torch.zeros(1, 1, 2, 2, dtype=torch.uint8), k=0)
+def gaussian(n, d=8, seed=0, scale=1.0, shift=0.0):
+    return np.random.default_rng(seed).normal(size=(n, d)) * scale + shift
+
+
+class Identity(torch.nn.Module):
+    """Takes features for pictures, as torchmetrics wants a network."""
+
+    num_features = 8
+
+    def forward(self, x):
+        return x
+
+
+def test_frechet_distance_is_that_of_torchmetrics():
+    a, b = gaussian(300), np.tanh(gaussian(200, seed=1, scale=0.7, shift=0.4)) ** 2
+    reference = FrechetInceptionDistance(Identity())
+    reference.update(torch.from_numpy(a), real=True)
+    reference.update(torch.from_numpy(b), real=False)
+    assert quality.frechet_distance(a, b) == pytest.approx(reference.compute().item(), rel=1e-9)
+
+
+def with_moments(mean, covariance, n=50):
+    """Samples with exactly this mean and covariance."""
+    white = gaussian(n, len(mean))
+    white = np.linalg.qr(white - white.mean(axis=0))[0] * np.sqrt(n - 1)
+    values, vectors = np.linalg.eigh(covariance)
+    return white * np.sqrt(values.clip(0)) @ vectors.T + mean
+
+
+def test_frechet_distance_of_known_gaussians():
+    along, other = np.diag([4.0, 1.0, 0.0]), np.diag([1.0, 9.0, 0.0])  # singular, and so is what the two have in common
+    a, b = with_moments([0, 0, 0], along), with_moments([1, 2, 0], other)
+    assert quality.frechet_distance(a, b) == pytest.approx(5 + (2 - 1) ** 2 + (1 - 3) ** 2, rel=1e-12)
+    turned, _ = np.linalg.qr(gaussian(3, 3))
+    assert quality.frechet_distance(a @ turned, b @ turned) == pytest.approx(10, rel=1e-12)
+    general = np.array([[2.0, 0.8, 0], [0.8, 1, 0], [0, 0, 3]])  # no common eigenvectors: Dowson & Landau's formula itself
+    regular = np.diag([4.0, 1.0, 2.0])
+    expected = 5 + np.trace(regular + general) - 2 * np.trace(linalg.sqrtm(regular @ general).real)
+    measured = quality.frechet_distance(with_moments([0, 0, 0], regular), with_moments([1, 2, 0], general))
+    assert measured == pytest.approx(expected, rel=1e-9)
+
+
+def test_frechet_distance_is_a_distance():
+    a, b = gaussian(100), gaussian(120, seed=1, shift=0.3)
+    assert quality.frechet_distance(a, a) == pytest.approx(0, abs=1e-12)
+    assert quality.frechet_distance(a, a[::-1]) == pytest.approx(0, abs=1e-12)
+    assert quality.frechet_distance(a, b) == pytest.approx(quality.frechet_distance(b, a), rel=1e-12)
+    assert quality.frechet_distance(a, b) > 0.5
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "message"),
+    [
+        (gaussian(8), gaussian(100), "at least 9 samples"),
+        (gaussian(100), np.where(np.arange(800).reshape(100, 8) == 3, np.nan, 1.0), "1 of 100 rows of the second"),
+        (gaussian(100), gaussian(100, d=7), "same d"),
+        (gaussian(100)[:, :, None], gaussian(100), "same d"),
+    ],
+)
+def test_features_that_cannot_be_compared(a, b, message):
+    with pytest.raises(ValueError, match=message):
+        quality.frechet_distance(a, b)
+
+
+def test_kernel_distance_is_that_of_torchmetrics():
+    a, b = gaussian(150), gaussian(150, seed=1, scale=1.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # it keeps all features
+        reference = KernelInceptionDistance(Identity(), subsets=1, subset_size=150)
+    reference.update(torch.from_numpy(a), real=True)
+    reference.update(torch.from_numpy(b), real=False)
+    estimate, error = quality.kernel_distance(a, b)
+    assert estimate == pytest.approx(reference.compute()[0].item(), rel=1e-9)
+    assert error is None
+
+
+def test_kernel_distance_is_unbiased_and_knows_its_error():
+    sets = [(gaussian(230, seed=2 * i), gaussian(200, seed=2 * i + 1)) for i in range(100)]
+    estimates, errors = np.transpose([quality.kernel_distance(*pair, block=50) for pair in sets])
+    assert abs(estimates.mean()) < 3 * stats.sem(estimates)
+    assert (estimates < 0).any()
+    assert np.sqrt((errors**2).mean()) == pytest.approx(estimates.std(), rel=0.3)
+    far, error = quality.kernel_distance(gaussian(200), gaussian(200, seed=1, shift=0.5), block=50)
+    assert far > 5 * error
+
+
+def test_kernel_distance_does_not_mind_order():
+    """In blocks of sorted samples each block would be compared with the wrong part of the other set."""
+    a, b = gaussian(400), gaussian(400, seed=1)
+    shuffled, _ = quality.kernel_distance(a, b, block=100)
+    ordered, error = quality.kernel_distance(a[a[:, 0].argsort()], b, block=100)
+    assert abs(ordered - shuffled) < 4 * error
+
+
+@pytest.mark.parametrize("k", [1, 5])
+def test_density_and_coverage_are_those_of_prdc(k):
+    reference, samples = gaussian(700), gaussian(400, seed=1, scale=0.6)
+    expected = compute_prdc(reference, samples, nearest_k=k)
+    assert quality.density_coverage(reference, samples, k) == pytest.approx((expected["density"], expected["coverage"]))
+
+
+def test_density_and_coverage_of_one_distribution_and_of_others():
+    reference = gaussian(1000)
+    density, coverage = quality.density_coverage(reference, gaussian(1000, seed=1))
+    assert density == pytest.approx(1, abs=0.1)
+    assert coverage == pytest.approx(1 - 2**-5, abs=0.02)
+    assert quality.density_coverage(reference, gaussian(1000, seed=1, shift=50)) == (0, 0)
+    density, coverage = quality.density_coverage(reference, gaussian(1000, seed=1, scale=0.1))  # one spot
+    assert density > 1
+    assert coverage < 0.5
+    with pytest.raises(ValueError, match="choose 1 to 4 neighbours"):
+        quality.density_coverage(gaussian(5), gaussian(5))
+
+
+def test_two_sample_test_keeps_its_level_and_has_power():
+    pairs = [(gaussian(150, seed=2 * i), gaussian(140, seed=2 * i + 1)) for i in range(40)]
+    accuracies, p = np.transpose([quality.two_sample_test(*pair) for pair in pairs])
+    assert accuracies.mean() == pytest.approx(0.5, abs=0.02)
+    assert stats.kstest(p, "uniform").pvalue > 0.001
+    accuracy, p = quality.two_sample_test(gaussian(150), gaussian(150, seed=1, shift=3))
+    assert accuracy > 0.98
+    assert p < 1e-20
+    accuracy, p = quality.two_sample_test(gaussian(500), gaussian(500, seed=1, scale=2.0))  # no line separates these
+    assert accuracy > 0.75
+    assert p < 1e-10
+    with pytest.raises(ValueError, match="at least 4 of each"):
+        quality.two_sample_test(gaussian(3), gaussian(100))
+
+
+def test_two_sample_test_is_not_misled_by_pairs():
+    """Learning one of a pair by heart must not lower the accuracy on the other: both are on the same side of the split."""
+    a = gaussian(1000)
+    accuracy, _ = quality.two_sample_test(a, a + 0.05 * gaussian(1000, seed=1))
+    assert accuracy == pytest.approx(0.5, abs=0.05)
+
+
+def test_two_sample_test_repeats():
+    a, b = gaussian(100), gaussian(100, seed=1, shift=0.2)
+    assert quality.two_sample_test(a, b, seed=3) == quality.two_sample_test(a, b, seed=3)
+
+
+def test_class_statistics_of_known_cases():
+    sure = quality.class_statistics(np.eye(10))  # one picture of each class
+    assert sure == pytest.approx({"confidence": 1, "class_entropy": math.log(10)})
+    collapsed = quality.class_statistics(np.eye(10)[[3, 3, 3]])
+    assert collapsed == pytest.approx({"confidence": 1, "class_entropy": 0})
+    undecided = quality.class_statistics(np.full((5, 10), 0.1))
+    assert undecided == pytest.approx({"confidence": 0.1, "class_entropy": math.log(10)})
+    for wrong in (np.eye(10) * 2 - 0.1, np.full((2, 2), np.nan)):
+        with pytest.raises(ValueError, match="logits"):
+            quality.class_statistics(wrong)
+    with pytest.raises(ValueError, match="expected \\(N, K\\)"):
+        quality.class_statistics(np.ones(3))
+
+
+def test_bootstrap_error_of_means_is_the_known_one():
+    a, b = gaussian(400, d=1), gaussian(100, d=1, seed=1)
+    error = quality.bootstrap_error(lambda x: float(x.mean()), a, resamples=1000)
+    assert error == pytest.approx(a.std() / 20, rel=0.08)
+    error = quality.bootstrap_error(lambda x, y: float(x.mean() - y.mean()), a, b, resamples=1000)
+    assert error == pytest.approx(math.hypot(a.std() / 20, b.std() / 10), rel=0.08)
+    with pytest.raises(ValueError, match="at least 2"):
+        quality.bootstrap_error(np.mean, a, resamples=1)
+
+
+def test_comparison_tells_data_from_worse_and_can_be_stored():
+    generator = np.random.default_rng(0)
+    reference, same, worse = (
+        (gaussian(400, seed=i, shift=0.4 * (i == 2)), generator.dirichlet(np.ones(10), 400)) for i in range(3)
+    )
+    floor, measured = (quality.compare(pictures, reference, slow=True) for pictures in (same, worse))
+    assert json.loads(json.dumps(measured)) == measured
+    assert floor["frechet"] + 3 * floor["frechet_error"] < measured["frechet"]
+    assert floor["kernel"] < measured["kernel"]
+    assert floor["two_sample_p"] > 0.01 > measured["two_sample_p"]
+    assert floor["density"] > measured["density"]
+    quick = quality.compare(worse, reference)
+    assert quick == {name: measured[name] for name in quick}
+    assert set(measured) - set(quick) == {"frechet_error", "two_sample_accuracy", "two_sample_p"}
 
 
 def posterior():
@@ -124,52 +254,3 @@ def test_random_number_tests_pass_and_have_power(monkeypatch):
     assert min(checks.random_numbers(pixels).values()) > 0.001
     monkeypatch.setattr(checks, "binarise", lambda p, u: (u < p.float() / 250).float())
     assert checks.random_numbers(pixels)["pixels are one as often as they are grey"] < 1e-6
-
-
-def test_neighbour_test_keeps_its_level_and_finds_a_pattern():
-    generator = np.random.default_rng(0)
-    p = []
-    for seed in range(100):
-        observed, null = dependence.neighbour_test(generator.normal(size=(50, 6, 6)), permutations=99, seed=seed)
-        p.append(dependence.p_value(observed, null))
-    assert 0.35 < np.mean(p) < 0.65
-    assert np.mean(np.array(p) <= 0.05) < 0.13
-    white = generator.normal(size=(50, 8, 8))
-    smooth = white + np.roll(white, 1, axis=1) + np.roll(white, 1, axis=2)
-    observed, null = dependence.neighbour_test(smooth)
-    assert dependence.p_value(observed, null) == pytest.approx(0.001)
-
-
-def test_neighbour_test_is_about_arrangement_not_dependence():
-    generator = np.random.default_rng(1)
-    common = generator.normal(size=(200, 1, 1))
-    dependent = common + generator.normal(size=(200, 7, 7))  # strongly dependent, equally so everywhere
-    observed, null = dependence.neighbour_test(dependent)
-    assert observed > 0.1
-    assert dependence.p_value(observed, null) > 0.01
-
-
-def test_squared_correlation_is_numpys():
-    latents = np.random.default_rng(2).normal(size=(40, 2, 3))
-    np.testing.assert_allclose(dependence.squared_correlation(latents), np.corrcoef(latents.reshape(40, 6).T) ** 2)
-    latents[:, 0, 0] = 1.0  # never varies
-    assert dependence.squared_correlation(latents)[0].max() == 0
-
-
-def test_neighbour_test_needs_maps():
-    with pytest.raises(ValueError, match="need 3 images and adjacent positions"):
-        dependence.neighbour_test(np.zeros((2, 5, 5)))
-    apart = np.zeros((5, 5), dtype=bool)
-    apart[[0, 2, 4], [0, 2, 4]] = True
-    with pytest.raises(ValueError, match="3 positions used"):
-        dependence.neighbour_test(np.zeros((10, 5, 5)), apart)
-
-
-def test_a_blank_border_alone_is_not_arrangement_among_used_positions():
-    generator = np.random.default_rng(3)
-    common = generator.normal(size=(200, 1, 1))
-    used = np.zeros((9, 9), dtype=bool)
-    used[2:7, 2:7] = True
-    latents = np.where(used, common, 0) + generator.normal(size=(200, 9, 9))  # equally dependent inside, nothing outside
-    assert dependence.p_value(*dependence.neighbour_test(latents)) == pytest.approx(0.001)
-    assert dependence.p_value(*dependence.neighbour_test(latents, used)) > 0.01

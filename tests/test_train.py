@@ -10,7 +10,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from vaenb import data, models, quality, runs
+from vaenb import data, likelihood, models, runs
 from vaenb.config import Config, ConfigError, effective_beta, loss_of
 from vaenb.train import TrainingDiverged, fit, fit_all, schedule
 
@@ -191,12 +191,12 @@ def test_every_scaling_is_a_multiple_of_a_beta_vae(distortion, rate):
 
 def test_measurements_are_kept_and_depend_on_their_arguments(monkeypatch):
     run = fit(TINY)
-    first = run.measure(quality.elbo, split="test")
+    first = run.measure(likelihood.elbo, split="test")
     monkeypatch.setattr(models, "evaluate", None)
-    monkeypatch.setattr(quality, "evaluate", None)
-    assert run.measure(quality.elbo, split="test") == first
+    monkeypatch.setattr(likelihood, "evaluate", None)
+    assert run.measure(likelihood.elbo, split="test") == first
     with pytest.raises(TypeError):
-        run.measure(quality.elbo, split="train")
+        run.measure(likelihood.elbo, split="train")
 
 
 def test_fit_all_leaves_to_others_what_they_are_busy_with_and_collects_it_in_the_end(build):

@@ -26,6 +26,7 @@ class Config:
         latent_size: side of the latent map in positions: 7, 14 or 28 for 28×28 images. Sets the stride of the trunks.
         latent_channels: channels of the map.
         latents: length of the latent vector of ``dense``; None: as many as the map has.
+        kernel_size, padding, coordinates, reach: of the layers next to the map; see ``models.VAE``.
         distortion_reduction, rate_reduction: how the loss adds up pixels and latents. ``sum`` and ``sum`` is −ELBO in
             nats; the other three are the mistakes that experiment E3 examines.
         epochs, batch_size, learning_rate: of Adam, with a short linear warm-up and linear decay to zero.
@@ -40,6 +41,10 @@ class Config:
     latent_size: int = 7
     latent_channels: int = 1
     latents: int | None = None
+    kernel_size: int = 3
+    padding: str = "zeros"
+    coordinates: bool = False
+    reach: int | None = None
     distortion_reduction: str = "sum"
     rate_reduction: str = "sum"
     epochs: int = 40
@@ -48,11 +53,17 @@ class Config:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        choices = {"arm": models.ARMS, "distortion_reduction": REDUCTIONS, "rate_reduction": REDUCTIONS}
+        choices = {
+            "arm": models.ARMS,
+            "padding": models.PADDINGS,
+            "coordinates": (False, True),
+            "distortion_reduction": REDUCTIONS,
+            "rate_reduction": REDUCTIONS,
+        }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                raise ConfigError(f"unknown {name} {getattr(self, name)!r}: choose one of {', '.join(allowed)}")
-        for name in ("latent_size", "latent_channels", "epochs", "batch_size", "latents"):
+                raise ConfigError(f"unknown {name} {getattr(self, name)!r}: choose one of {', '.join(map(str, allowed))}")
+        for name in ("latent_size", "latent_channels", "kernel_size", "epochs", "batch_size", "latents"):
             value = getattr(self, name)
             if (value is not None or name != "latents") and (not isinstance(value, int) or value < 1):
                 raise ConfigError(f"{name}={value!r}: expected a whole number of at least 1")
@@ -60,13 +71,28 @@ class Config:
             raise ConfigError(f"learning_rate={self.learning_rate!r}: expected a positive number")
         if self.latents is not None and self.arm != "dense":
             raise ConfigError(f"latents={self.latents} is for the dense arm; {self.arm} has latent_channels per position")
+        if self.reach is not None and (self.arm != "mixed" or not isinstance(self.reach, int) or self.reach < 0):
+            raise ConfigError(
+                f"reach={self.reach!r}: expected a whole number of positions for the mixed arm, not {self.arm}"
+            )
+        if self.kernel_size % 2 == 0:
+            raise ConfigError(f"kernel_size={self.kernel_size}: expected an odd number")
+        if self.arm == "dense" and (self.kernel_size != 3 or self.coordinates):
+            raise ConfigError("kernel_size and coordinates are of the convolutions next to a map: the dense arm has none")
 
     @property
     def label(self) -> str:
         """A short name for progress lines and folders, such as ``mnist-spatial-7x7x1-s0``."""
         latent = self.latents or f"{self.latent_size}x{self.latent_size}x{self.latent_channels}"
-        loss = f"{self.distortion_reduction}-{self.rate_reduction}-"
-        return f"{self.dataset}-{self.arm}-{latent}-{'' if loss == 'sum-sum-' else loss}s{self.seed}"
+        loss = f"{self.distortion_reduction}-{self.rate_reduction}"
+        parts = [self.dataset, self.arm, latent]
+        parts += [f"kernel{self.kernel_size}"] * (self.kernel_size != 3) + [self.padding] * (self.padding != "zeros")
+        parts += (
+            [f"reach{self.reach}"] * (self.reach is not None)
+            + ["coordinates"] * self.coordinates
+            + [loss] * (loss != "sum-sum")
+        )
+        return "-".join(map(str, [*parts, f"s{self.seed}"]))
 
     def stride(self, image_size: Sequence[int]) -> int:
         """Pixels per position of the map for images of this (height, width).
@@ -87,7 +113,10 @@ class Config:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             stride = self.stride(image_shape[1:])
-            model = models.VAE(self.arm, image_shape, stride, self.latent_channels, self.latents)
+            map_only = {"kernel_size": self.kernel_size, "padding": self.padding, "coordinates": self.coordinates}
+            model = models.VAE(
+                self.arm, image_shape, stride, self.latent_channels, self.latents, **map_only, reach=self.reach
+            )
             return model.to(memory_format=torch.channels_last)  # faster convolutions on CPUs and GPUs alike
 
 

@@ -1,12 +1,14 @@
 """Image data sets, verified by checksum and held as one uint8 tensor per split.
 
 ``mnist`` and ``fashion`` come through torchvision; their files are looked for in ``$VAENB_DATA``, ``../shared/data`` and
-``build/data``, and downloaded if they are in none of them. ``digits`` (the handwritten digits that scikit-learn
-carries) needs no network. A folder that is given is only read: verified files are copied to ``build/data``.
+``build/data``, and downloaded if they are in none of them. ``digits`` (the handwritten digits that scikit-learn carries)
+needs no network, nor do the ``texture-*`` sets, which are drawn here. A folder that is given is only read: verified files
+are copied to ``build/data``.
 """
 
 import functools
 import hashlib
+import math
 import os
 import socket
 import sys
@@ -14,7 +16,9 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+from scipy import fft, special
 from torch import Tensor
 
 from vaenb.runs import ROOT, build_folder, write_atomically
@@ -24,6 +28,8 @@ TITLES = {
     "fashion": "Fashion-MNIST",
     "digits": "scikit-learn digits (8×8 scans enlarged to 28×28), the embedded stand-in for MNIST",
 }
+TEXTURE_LENGTHS = (1, 2, 4, 8)  # pixels
+TEXTURES = {f"texture-{length}": f"stationary texture, correlation length {length} px" for length in TEXTURE_LENGTHS}
 DOWNLOAD_TIMEOUT = 20.0  # seconds without an answer
 
 
@@ -36,7 +42,7 @@ class ImageSet:
     """A labelled image data set.
 
     Attributes:
-        name: one of ``TITLES``.
+        name: one of ``TITLES`` or ``TEXTURES``.
         train, test: images, uint8, (N, C, H, W).
         train_labels, test_labels: classes, int64, (N,).
         fingerprint: hash of all pixels and labels; two sets with the same fingerprint are the same data.
@@ -52,7 +58,7 @@ class ImageSet:
     @property
     def title(self) -> str:
         """How captions call the data set."""
-        return TITLES[self.name]
+        return (TITLES | TEXTURES)[self.name]
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -67,9 +73,12 @@ def load(name: str) -> ImageSet:
     Raises:
         DataError: unknown name; no copy found and none downloadable; a file that does not match its checksum.
     """
-    if name not in TITLES:
-        raise DataError(f"unknown data set {name!r}: choose one of {', '.join(TITLES)}")
-    tensors = _load_digits() if name == "digits" else _load_torchvision(name)
+    if name not in TITLES | TEXTURES:
+        raise DataError(f"unknown data set {name!r}: choose one of {', '.join(TITLES | TEXTURES)}")
+    if name in TEXTURES:
+        tensors = _draw_textures(float(name.removeprefix("texture-")))
+    else:
+        tensors = _load_digits() if name == "digits" else _load_torchvision(name)
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(repr((tuple(tensor.shape), tensor.dtype)).encode())
@@ -129,6 +138,27 @@ def _load_digits() -> tuple[Tensor, ...]:
     labels = torch.from_numpy(digits.target).long()
     test = torch.arange(len(images)) % 9 == 4
     return images[~test], images[test], labels[~test], labels[test]
+
+
+def _draw_textures(length: float, count: int = 10_000, side: int = 28, contrast: float = 3.0) -> tuple[Tensor, ...]:
+    """Stationary grey textures: a Gaussian random field through a sigmoid; 8,000 training and 2,000 test images.
+
+    The field is white noise smoothed on a torus so large that a crop does not feel it wrap around; its correlation at
+    distance r is exp(−r² / 2 length²). The law of a crop is the same wherever it is cut, as no handwritten digit's is.
+    """
+    torus = side + math.ceil(6 * length)
+    rows, columns = fft.fftfreq(torus), fft.rfftfreq(torus)
+    smooth = np.exp(-((np.pi * length) ** 2) * (rows[:, None] ** 2 + columns**2))  # the root of the spectrum
+    deviation = np.exp(-2 * (np.pi * length * rows) ** 2).mean()  # of the smoothed noise
+    generator = np.random.default_rng(0)
+    crops = []
+    for _ in range(count // 100):
+        noise = generator.standard_normal((100, 1, torus, torus), dtype=np.float32)
+        field = fft.irfft2(fft.rfft2(noise) * smooth, s=(torus, torus))[..., :side, :side] / deviation
+        crops.append(torch.from_numpy((255 * special.expit(contrast * field)).round().astype(np.uint8)))
+    images, labels = torch.cat(crops), torch.zeros(count, dtype=torch.int64)
+    train = count * 4 // 5
+    return images[:train], images[train:], labels[:train], labels[train:]
 
 
 def _torchvision_class(name: str) -> type:

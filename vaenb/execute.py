@@ -210,7 +210,8 @@ def _key(source: Path, path: Path, overrides: Mapping[str, Any]) -> str:
     """Hash of everything that a notebook's output depends on, without loading any of it."""
     cells = [(cell["cell_type"], "".join(cell["source"])) for cell in json.loads(source.read_text())["cells"]]
     digest = hashlib.sha256(json.dumps([cells, dict(overrides)], sort_keys=True).encode())
-    for file in [path, ROOT / "constraints.txt", *sorted((ROOT / "vaenb").glob("*.py"))]:
+    modules = (file for file in (ROOT / "vaenb").rglob("*.py") if not file.parent.name.startswith((".", "__")))  # no caches
+    for file in [path, ROOT / "constraints.txt", *sorted(modules)]:
         try:
             digest.update(file.read_bytes())
         except OSError as error:

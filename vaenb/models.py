@@ -19,6 +19,7 @@ from vaenb.data import binarise
 
 ARMS = ("spatial", "dense", "mixed")
 STRIDES = (1, 2, 4)
+PADDINGS = ("zeros", "circular")
 BATCH = 250  # images through a model at once when nothing is trained: bounds the memory, changes no result
 
 
@@ -33,9 +34,9 @@ class SubpixelUp(nn.Module):
     and a shuffle (Shi et al. 2016). CPUs have faster kernels for that than for transposed convolutions to few channels.
     """
 
-    def __init__(self, channels_in: int, channels_out: int):
+    def __init__(self, channels_in: int, channels_out: int, padding_mode: str = "zeros"):
         super().__init__()
-        self.phases = nn.Conv2d(channels_in, 4 * channels_out, kernel_size=2, padding=1)
+        self.phases = nn.Conv2d(channels_in, 4 * channels_out, kernel_size=2, padding=1, padding_mode=padding_mode)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C_in, H, W) -> (N, C_out, 2H, 2W)."""
@@ -43,14 +44,34 @@ class SubpixelUp(nn.Module):
 
 
 class AcrossPositions(nn.Linear):
-    """One linear layer across the positions of a map, the same for every channel: the smallest global layer."""
+    """One linear layer across the positions of a map, the same for every channel: the smallest global layer.
 
-    def __init__(self, height: int, width: int):
+    With a ``reach`` it is no longer global: a position sees those at most that many rows and columns away, each with a
+    weight of its own (a locally connected layer).
+    """
+
+    def __init__(self, height: int, width: int, reach: int | None = None):
         super().__init__(height * width, height * width)
+        self.reach = reach
+        y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+        distance = torch.maximum(*((axis.flatten()[:, None] - axis.flatten()).abs() for axis in (y, x)))
+        near = (distance <= (max(height, width) if reach is None else reach)).float()
+        self.register_buffer("near", near, persistent=False)
+        with torch.no_grad():  # as wide as for a layer with as few inputs
+            self.weight *= near * (near.shape[1] / near.sum(dim=1, keepdim=True)).sqrt()
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, h, w) -> (N, C, h, w)."""
-        return super().forward(x.flatten(2)).view_as(x)
+        return F.linear(x.flatten(2), self.weight * self.near, self.bias).view_as(x)
+
+
+class WithCoordinates(nn.Module):
+    """Appends two channels that say where a position lies: row and column, from −1 to 1 (Liu et al. 2018, CoordConv)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, h, w) -> (N, C + 2, h, w)."""
+        axes = (torch.linspace(-1, 1, side, device=x.device, dtype=x.dtype) for side in x.shape[-2:])
+        return torch.cat([x, torch.stack(torch.meshgrid(*axes, indexing="ij")).expand(len(x), -1, -1, -1)], dim=1)
 
 
 class VAE(nn.Module):
@@ -63,9 +84,14 @@ class VAE(nn.Module):
         latent_channels: channels of the map.
         latents: length of the vector of ``dense``; by default as many as the map would have.
         hidden: channels of the two stages of the trunks, the outer one first.
+        kernel_size: side of the kernels of the two convolutions next to the map, odd; sets the receptive field.
+        padding: ``zeros``, or ``circular``: the image is a torus, and nothing tells a position from another.
+        coordinates: whether those two convolutions are told where each position lies.
+        reach: of the linear layers of ``mixed``, in positions along each axis; None: across the whole map.
 
     Raises:
-        ValueError: unknown arm or stride, ``latents`` given for a map.
+        ValueError: unknown arm, stride or padding; an even kernel; ``latents`` for a map; ``kernel_size`` or ``coordinates``
+            for ``dense``, which has no convolution next to the latent; ``reach`` for another arm than ``mixed``.
         ImageSizeError: the images are smaller than the stride.
     """
 
@@ -77,6 +103,10 @@ class VAE(nn.Module):
         latent_channels: int = 1,
         latents: int | None = None,
         hidden: tuple[int, int] = (16, 32),
+        kernel_size: int = 3,
+        padding: str = "zeros",
+        coordinates: bool = False,
+        reach: int | None = None,
     ):
         super().__init__()
         if arm not in ARMS:
@@ -85,13 +115,25 @@ class VAE(nn.Module):
             raise ValueError(f"unknown stride {stride}: choose one of {STRIDES}")
         if latents is not None and arm != "dense":
             raise ValueError(f"latents={latents} is for the dense arm; {arm} has latent_channels per position of its map")
+        if padding not in PADDINGS:
+            raise ValueError(f"unknown padding {padding!r}: choose one of {', '.join(PADDINGS)}")
+        if kernel_size % 2 == 0:
+            raise ValueError(
+                f"kernel_size={kernel_size}: expected an odd number, so that a position is in the middle of its field"
+            )
+        if arm == "dense" and (kernel_size != 3 or coordinates):
+            raise ValueError("kernel_size and coordinates are of the convolutions next to a map: the dense arm has none")
+        if reach is not None and arm != "mixed":
+            raise ValueError(f"reach={reach} is of the layers across positions: only the mixed arm has them, not {arm}")
         self.arm, self.image_shape, self.stride, self.latent_channels = arm, tuple(image_shape), stride, latent_channels
         channels, outer, inner = image_shape[0], *hidden
         height, width = self.grid(image_shape[1:])
         self.encoder = nn.Sequential(
-            _down(channels, outer, stride == 4), nn.GELU(), _down(outer, inner, stride >= 2), nn.GELU()
+            _down(channels, outer, stride == 4, padding), nn.GELU(), _down(outer, inner, stride >= 2, padding), nn.GELU()
         )
-        self.decoder = nn.Sequential(nn.GELU(), _up(inner, outer, stride >= 2), nn.GELU(), _up(outer, channels, stride == 4))
+        self.decoder = nn.Sequential(
+            nn.GELU(), _up(inner, outer, stride >= 2, padding), nn.GELU(), _up(outer, channels, stride == 4, padding)
+        )
         if arm == "dense":
             self.latent_shape = (latents or latent_channels * height * width,)
             flat = inner * height * width
@@ -99,9 +141,12 @@ class VAE(nn.Module):
             self.from_latent = nn.Sequential(nn.Linear(self.latent_shape[0], flat), nn.Unflatten(1, (inner, height, width)))
         else:
             self.latent_shape = (latent_channels, height, width)
-            across = [AcrossPositions(height, width) for _ in range(2)] if arm == "mixed" else [nn.Identity()] * 2
-            self.to_latent = nn.Sequential(nn.Conv2d(inner, 2 * latent_channels, 3, padding=1), across[0])
-            self.from_latent = nn.Sequential(across[1], nn.Conv2d(latent_channels, inner, 3, padding=1))
+            across = [[AcrossPositions(height, width, reach)] if arm == "mixed" else [] for _ in range(2)]
+            where = [WithCoordinates()] if coordinates else []
+            same = {"kernel_size": kernel_size, "padding": kernel_size // 2, "padding_mode": padding}
+            more = 2 * len(where)
+            self.to_latent = nn.Sequential(*where, nn.Conv2d(inner + more, 2 * latent_channels, **same), *across[0])
+            self.from_latent = nn.Sequential(*across[1], *where, nn.Conv2d(latent_channels + more, inner, **same))
 
     def grid(self, size: tuple[int, int]) -> tuple[int, int]:
         """Height and width of the map of an image of this size, rounded up to whole positions.
@@ -180,16 +225,16 @@ class VAE(nn.Module):
             )
 
 
-def _down(channels_in: int, channels_out: int, halve: bool) -> nn.Module:
+def _down(channels_in: int, channels_out: int, halve: bool, padding: str) -> nn.Module:
     if halve:
-        return nn.Conv2d(channels_in, channels_out, kernel_size=4, stride=2, padding=1)
-    return nn.Conv2d(channels_in, channels_out, kernel_size=3, padding=1)
+        return nn.Conv2d(channels_in, channels_out, kernel_size=4, stride=2, padding=1, padding_mode=padding)
+    return nn.Conv2d(channels_in, channels_out, kernel_size=3, padding=1, padding_mode=padding)
 
 
-def _up(channels_in: int, channels_out: int, double: bool) -> nn.Module:
+def _up(channels_in: int, channels_out: int, double: bool, padding: str) -> nn.Module:
     if double:
-        return SubpixelUp(channels_in, channels_out)
-    return nn.Conv2d(channels_in, channels_out, kernel_size=3, padding=1)
+        return SubpixelUp(channels_in, channels_out, padding)
+    return nn.Conv2d(channels_in, channels_out, kernel_size=3, padding=1, padding_mode=padding)
 
 
 def reparametrise(q: Independent, noise: Tensor) -> Tensor:

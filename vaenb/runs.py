@@ -26,6 +26,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 ROOT = Path(__file__).resolve().parents[1]
+PLUMBING = ("vaenb.runs", "vaenb.progress")  # modules that store and show results, and change none
 CHECKSUMS = "SHA256SUMS"  # in the format of sha256sum(1), so that anybody can check an entry
 
 
@@ -83,6 +84,22 @@ def code_of(module: ModuleType) -> str:
         if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
             node.body = body[1:] or [ast.Pass()]
     return ast.unparse(tree)
+
+
+def with_imports(module: ModuleType) -> list[ModuleType]:
+    """The module and every module of the package that it imports, directly or not, but for those of ``PLUMBING``."""
+    found: dict[str, ModuleType] = {}
+    waiting = [module]
+    while waiting:
+        here = waiting.pop()
+        if here.__name__ in found or here.__name__ in PLUMBING:
+            continue
+        found[here.__name__] = here
+        for node in ast.walk(ast.parse(inspect.getsource(here))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("vaenb"):
+                names = [f"{node.module}.{alias.name}" for alias in node.names] + [node.module]
+                waiting += [sys.modules[name] for name in names if name in sys.modules and name != "vaenb"]
+    return [found[name] for name in sorted(found)]
 
 
 def key(spec: Mapping[str, Any], modules: Sequence[ModuleType]) -> str:

@@ -68,8 +68,8 @@ class Run:
         """``function(model, images, **arguments)``, computed once and kept in the store.
 
         Args:
-            function: of a module that takes models and tensors, such as ``quality.bounds``; returns a JSON-able dict.
-                Measured anew when its module, an argument or the run changes.
+            function: of a module that takes models and tensors, such as ``likelihood.bounds``; returns a JSON-able dict.
+                Measured anew when its module, one that it imports, an argument or the run changes.
             wait: for another process that measures the same, rather than raise ``runs.Busy``.
             arguments: passed on; JSON-able.
         """
@@ -83,7 +83,7 @@ class Run:
 
         spec = {"run": self.folder.name, "function": function.__qualname__, "arguments": arguments}
         label = f"{self.config.label}-{function.__name__}"
-        return runs.read(runs.entry(label, spec, [inspect.getmodule(function)], compute, wait))["summary"]
+        return runs.read(runs.entry(label, spec, runs.with_imports(inspect.getmodule(function)), compute, wait))["summary"]
 
 
 def fit(config: Config, wait: bool = True) -> Run:

@@ -1,0 +1,145 @@
+"""A small classifier of 28×28 images, whose features stand in for those of Inception, which has never seen such images.
+
+Trained here and kept in the run store. On one thread of a server CPU and with seeds 0, 1, 2: 99.14, 99.25, 99.22 % of the
+MNIST test images right after 34 s of training, and 99.0, 99.5, 98.5 % of the 200 of the embedded digits after 4 s.
+It has seen the training images and is surer of them: a floor "data against data" needs test images on both sides.
+"""
+
+import math
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vaenb import data, runs
+from vaenb.progress import Progress
+
+SIZE = (1, 28, 28)
+FEATURES = 64
+EPOCHS, LEAST_STEPS = 4, 800  # whichever is longer, so that a small data set is seen more often
+LEARNING_RATE = 3e-3
+SEED = 0
+
+
+class Classifier(nn.Module):
+    """Three convolutions and two linear layers, in the manner of LeNet-5 (LeCun et al. 1998).
+
+    Without batch norm: what it says of a picture does not depend on other pictures.
+    """
+
+    def __init__(self, classes: int = 10):
+        super().__init__()
+        self.trunk = nn.Sequential(
+            *(nn.Conv2d(1, 16, 5, stride=2, padding=2), nn.ReLU()),
+            *(nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+            *(nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+            *(nn.Flatten(), nn.Linear(64 * 3 * 3, FEATURES), nn.ReLU()),
+        )
+        self.head = nn.Sequential(nn.Dropout(0.2), nn.Linear(FEATURES, classes))
+
+    def features(self, x: Tensor) -> Tensor:
+        """The layer before the last, after its ReLU, so never negative: (N, 1, 28, 28) in [0, 1] -> (N, 64)."""
+        return self.trunk(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits: (N, 1, 28, 28) with values in [0, 1] -> (N, 10)."""
+        return self.head(self.features(x))
+
+
+def classifier(dataset: str) -> Classifier:
+    """The classifier trained on a data set: from the run store if it is there, else trained now and stored.
+
+    In evaluation mode, on the CPU, without gradients.
+
+    Raises:
+        data.DataError: unknown, missing or damaged data.
+        ValueError: data without classes, or of another size than 28×28.
+        runs.DiskFull: no space left.
+    """
+    images = data.load(dataset)
+    spec = {"dataset": dataset, "data": images.fingerprint, "torch": torch.__version__}
+    code = [data, sys.modules[__name__]]
+    folder = runs.entry(f"classifier-{dataset}", spec, code, lambda folder: _train(images, folder))
+    network = Classifier()
+    network.load_state_dict(safetensors.torch.load_file(folder / "classifier.safetensors"))
+    return network.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def extract(network: Classifier, images: Tensor, batch: int = 500) -> tuple[np.ndarray, np.ndarray]:
+    """Features and class probabilities of images.
+
+    Args:
+        network: in evaluation mode, or dropout makes the probabilities random.
+        images: uint8, or grey values in [0, 1] as floats; (N, 1, 28, 28).
+        batch: images through the network at once: bounds the memory.
+
+    Returns:
+        Features (N, 64) and probabilities (N, K), double precision.
+
+    Raises:
+        ValueError: no images of that shape, or floats outside [0, 1].
+    """
+    if images.ndim != 4 or tuple(images.shape[1:]) != SIZE or not len(images):
+        raise ValueError(f"images of shape {tuple(images.shape)}: the classifier was made for (N, 1, 28, 28), N ≥ 1")
+    if images.dtype == torch.uint8:
+        images = images.float() / 255
+    elif not (images.is_floating_point() and images.min() >= 0 and images.max() <= 1):  # also true of NaN
+        low, high = images.min().item(), images.max().item()
+        raise ValueError(f"{images.dtype} images from {low:g} to {high:g}: expected uint8, or floats in [0, 1]")
+    features = torch.cat([network.features(part.float()) for part in images.cpu().split(batch)])
+    return features.double().numpy(), network.head(features).double().softmax(dim=1).numpy()
+
+
+def _train(images: data.ImageSet, folder: Path) -> dict[str, Any]:
+    """Fill ``folder`` with classifier.safetensors. Adam, learning rate linearly up and down again (Smith & Topin 2019)."""
+    if images.image_shape != SIZE:
+        raise ValueError(f"{images.name} has images of {images.image_shape}: the classifier was made for {SIZE}")
+    if len(images.train_labels.unique()) < 2:
+        raise ValueError(f"{images.name} has a single class, there is nothing to classify: choose mnist, fashion or digits")
+    started = time.perf_counter()
+    batch_size = 128 if len(images.train) > 10_000 else 32
+    steps = math.ceil(len(images.train) / batch_size)
+    epochs = max(EPOCHS, math.ceil(LEAST_STEPS / steps))
+    with Progress(f"classifier-{images.name}", epochs * steps) as progress, _repeatably(SEED):
+        network = Classifier().to(memory_format=torch.channels_last)  # CPUs are faster in this layout
+        adam = torch.optim.Adam(network.parameters(), betas=(0.9, 0.99), fused=True)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            adam, LEARNING_RATE, total_steps=epochs * steps, pct_start=0.2, anneal_strategy="linear", cycle_momentum=False
+        )
+        for epoch in range(epochs):
+            for batch in torch.randperm(len(images.train)).split(batch_size):
+                x = (images.train[batch].float() / 255).contiguous(memory_format=torch.channels_last)
+                loss = F.cross_entropy(network(x), images.train_labels[batch])
+                adam.zero_grad()
+                loss.backward()
+                adam.step()
+                schedule.step()
+                progress.step()
+            progress.milestone(f"epoch {epoch + 1}/{epochs}")
+        network.eval()
+        right = extract(network, images.test)[1].argmax(axis=1) == images.test_labels.numpy()
+    weights = {name: tensor.detach().contiguous() for name, tensor in network.state_dict().items()}
+    runs.write_atomically(folder / "classifier.safetensors", safetensors.torch.save(weights))
+    return {"test_accuracy": float(right.mean()), "seconds": time.perf_counter() - started, "epochs": epochs}
+
+
+@contextmanager
+def _repeatably(seed: int) -> Iterator[None]:
+    """One CPU thread and random numbers of its own: repeats bit for bit, and the caller's go on as if nothing had been."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            yield
+    finally:
+        torch.set_num_threads(threads)

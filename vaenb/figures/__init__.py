@@ -1,0 +1,37 @@
+"""Every plot of the paper, in one style; each is saved as a PNG with its plotted numbers in a JSON file beside it.
+
+Functions take results (arrays, lists of numbers) and know nothing of models.
+"""
+
+from vaenb.figures.bugs import learning_curves, loss_scaling, quantiles
+from vaenb.figures.charts import Curve, Matrix, curves, matrices
+from vaenb.figures.maps import latent_maps, map_sizes, reshaped_latents
+from vaenb.figures.strips import strips
+from vaenb.figures.style import ARM_COLOURS, ARM_TITLES, PALETTE, grey, mosaic, new, read_numbers, save, show_ink, styled
+from vaenb.figures.symptom import gallery, seed_points
+
+__all__ = [
+    "ARM_COLOURS",
+    "ARM_TITLES",
+    "PALETTE",
+    "Curve",
+    "Matrix",
+    "curves",
+    "gallery",
+    "grey",
+    "latent_maps",
+    "learning_curves",
+    "loss_scaling",
+    "map_sizes",
+    "matrices",
+    "mosaic",
+    "new",
+    "quantiles",
+    "read_numbers",
+    "reshaped_latents",
+    "save",
+    "seed_points",
+    "show_ink",
+    "strips",
+    "styled",
+]

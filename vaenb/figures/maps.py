@@ -1,0 +1,123 @@
+"""What latent maps look like: the plots of ``02_latent_maps`` and ``02_map_sizes``."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+
+from vaenb.figures.style import ARM_COLOURS, DIVERGING, INK, SEQUENTIAL, bare, mosaic, show_ink, side_by_side, styled
+
+
+def latent_maps(images: np.ndarray, means: np.ndarray, scales: np.ndarray, samples: np.ndarray, title: str) -> Figure:
+    """The post's comparison: each digit beside its latent map, and samples from the prior beneath.
+
+    Args:
+        images: uint8, (10, n, H, W): n test images of each class.
+        means, scales: posterior mean and standard deviation, (10, n, h, w).
+        samples: decoded prior draws, uint8, (m, H, W).
+        title: of the figure.
+    """
+    classes, count = images.shape[:2]
+    limit = _limit(means)
+    with styled(9.6, title) as figure:
+        top, bottom = figure.subfigures(2, 1, height_ratios=[7.6, 2.0])
+        grid = top.subplots(classes, 3 * count, gridspec_kw={"wspace": 0.03, "hspace": 0.03})
+        for digit in range(classes):
+            for example in range(count):
+                picture, mean, scale = grid[digit, 3 * example : 3 * example + 3]
+                picture.imshow(images[digit, example], cmap=INK, vmin=0, vmax=255)
+                centre = mean.imshow(means[digit, example], cmap=DIVERGING, vmin=-limit, vmax=limit)
+                spread = scale.imshow(scales[digit, example], cmap=SEQUENTIAL, vmin=0, vmax=1)
+                for axes, name in ((picture, "image"), (mean, "mean μ"), (scale, "scale σ")):
+                    bare(axes, name if digit == 0 else "", bold=False)
+        bars = {"extend": "both", "fraction": 0.04, "pad": 0.01, "aspect": 40}
+        top.colorbar(centre, ax=grid, location="right", label="posterior mean μ", **bars)
+        top.colorbar(
+            spread, ax=grid, location="right", label="posterior scale σ (the prior's is 1)", **{**bars, "extend": "max"}
+        )
+        show_ink(bottom.subplots(), samples, 20, "Decoded prior samples, z ~ N(0, I), of the same model")
+    return figure
+
+
+def map_sizes(
+    sizes: Sequence[int],
+    images: np.ndarray,
+    means: Sequence[np.ndarray],
+    samples: Sequence[np.ndarray],
+    curves: Mapping[str, Sequence[Sequence[float]]],
+    title: str,
+) -> Figure:
+    """Maps, samples and nats against map size.
+
+    Args:
+        sizes: side of the map of each column.
+        images: uint8, (n, H, W): the encoded images.
+        means: per size, (n, h, w).
+        samples: per size, uint8, (m, H, W).
+        curves: quantity -> per size, one value per seed, nats per image.
+        title: of the figure.
+    """
+    with styled(7.6, title) as figure:
+        above, below = figure.subfigures(2, 1, height_ratios=[4.9, 2.5])
+        grid = above.subplots(3, len(sizes), height_ratios=[0.34, 0.66, 3.0], squeeze=False)
+        for column, size in enumerate(sizes):
+            show_ink(grid[0, column], images, len(images), f"{size}×{size} map: {size * size} latents")
+            shown = _show_means(grid[1, column], means[column])
+            bar = above.colorbar(shown, ax=grid[1, column], location="bottom", fraction=0.1, aspect=45, pad=0.04)
+            bar.ax.tick_params(labelsize=7.5, length=2)
+            bar.set_label("posterior mean μ of each position", fontsize=8)
+            show_ink(grid[2, column], samples[column], 8, "samples: decoded z ~ N(0, I)")
+        for axes, quantity, values in side_by_side(below, curves):
+            for position, seeds in enumerate(values):
+                axes.plot([position] * len(seeds), seeds, "o", color=ARM_COLOURS["spatial"], alpha=0.5)
+            averages = [np.mean(seeds) for seeds in values]
+            axes.plot(averages, "-", color=ARM_COLOURS["spatial"], linewidth=2)
+            for position, average in enumerate(averages):
+                axes.annotate(
+                    f"{average:.0f}", (position, average), xytext=(7, -9), textcoords="offset points", fontsize=8.5
+                )
+            axes.set_xticks(range(len(sizes)), [f"{size}×{size}" for size in sizes])
+            axes.set(xlabel="latent map", ylabel="nats per image", title=quantity)
+            axes.margins(x=0.15, y=0.15)
+    return figure
+
+
+def reshaped_latents(
+    images: np.ndarray, maps: Mapping[str, np.ndarray], statistics: Mapping[str, tuple[float, np.ndarray]], title: str
+) -> Figure:
+    """Vectors reshaped to maps beside true maps, and the neighbour statistic of each against its permutation null.
+
+    Args:
+        images: uint8, (n, H, W).
+        maps: name -> posterior means, (n, h, w).
+        statistics: name -> (observed, null values) of ``dependence.neighbour_test``.
+        title: of the figure.
+    """
+    with styled(7.4, title) as figure:
+        above, below = figure.subfigures(2, 1, height_ratios=[4.9, 2.3])
+        rows = above.subplots(1 + len(maps), 1)
+        show_ink(rows[0], images, len(images), "test images")
+        for axes, (name, values) in zip(rows[1:], maps.items(), strict=True):
+            shown = _show_means(axes, values, name)
+            above.colorbar(shown, ax=axes, location="right", fraction=0.02, aspect=9, pad=0.01, label="mean μ")
+        for axes, name, (observed, null) in side_by_side(below, statistics):
+            axes.hist(null, bins=30, color="0.7", label="positions shuffled")
+            axes.axvline(observed, color="black", linewidth=2, label="as they lie")
+            axes.locator_params(axis="x", nbins=6)
+            axes.set(title=name, xlabel="mean squared correlation (r²) of neighbours", ylabel="shuffles")
+            axes.legend(fontsize=8)
+    return figure
+
+
+def _show_means(axes: Axes, means: np.ndarray, title: str = "") -> AxesImage:
+    """A row of maps (n, h, w) in colours symmetric about zero."""
+    limit = _limit(means)
+    shown = axes.imshow(mosaic(means, len(means), gap=1, fill=np.nan), cmap=DIVERGING, vmin=-limit, vmax=limit)
+    bare(axes, title)
+    return shown
+
+
+def _limit(means: np.ndarray) -> float:
+    return float(np.quantile(np.abs(means), 0.995))  # a few extremes would pale the rest

@@ -1,0 +1,60 @@
+"""Pictures beside the numbers that belong to them: a row for each condition."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+
+from vaenb.figures.style import show_ink, styled
+
+
+def strips(
+    pictures: Mapping[str, np.ndarray],
+    panels: Mapping[str, Mapping[str, Sequence[float]]],
+    colours: Mapping[str, Any],
+    title: str,
+    lines: int = 1,
+    form: Mapping[str, str] | None = None,
+) -> Figure:
+    """A row per condition: its name, a strip of pictures, and for each quantity a point per seed with the mean in print.
+
+    Args:
+        pictures: row -> uint8, (n, H, W), shown in ``lines`` lines.
+        panels: quantity -> row -> one value per seed; rows without values stay empty.
+        colours: of each row.
+        title: of the figure.
+        lines: of pictures in each row.
+        form: quantity -> format of the printed mean, ``{:.0f}`` by default; a percent format goes for the axis as well.
+    """
+    form = form or {}
+    columns = -(-len(next(iter(pictures.values()))) // lines)
+    widths = [0.42 * columns / lines, *[1.9] * len(panels)]
+    with styled(0.75 + (0.3 + 0.26 * lines) * len(pictures), title) as figure:
+        grid = figure.subplots(len(pictures), 1 + len(panels), squeeze=False, width_ratios=widths)
+        for (row, images), axes in zip(pictures.items(), grid, strict=True):
+            show_ink(axes[0], images, columns)
+            axes[0].set_anchor("E")
+            axes[0].set_ylabel(row, rotation=0, ha="right", va="center", fontsize=9, color=colours[row], fontweight="bold")
+        for column, (quantity, rows) in enumerate(panels.items(), start=1):
+            everything = [value for values in rows.values() for value in values]
+            margin = 0.12 * (max(everything) - min(everything) or 1)
+            pattern = form.get(quantity, "{:.0f}")
+            for index, (row, axes) in enumerate(zip(pictures, grid[:, column], strict=True)):
+                axes.set(xlim=(min(everything) - margin, max(everything) + 2.2 * margin), ylim=(-1, 1), yticks=[])
+                axes.spines[["left", "bottom"]].set_visible(False)
+                axes.xaxis.set_major_locator(MaxNLocator(4))
+                axes.tick_params(length=0, labelbottom=index == len(pictures) - 1, labelsize=8)
+                if "%" in pattern:
+                    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:.0%}"))
+                if index == 0:
+                    axes.set_title(quantity, fontsize=9.5)
+                if len(values := rows.get(row, [])):
+                    axes.plot(values, [0] * len(values), "o", color=colours[row], alpha=0.55, markersize=5)
+                    axes.plot([np.mean(values)] * 2, [-0.6, 0.6], color=colours[row], linewidth=2.5)
+                    axes.annotate(
+                        pattern.format(np.mean(values)), (max(values), 0), xytext=(7, 0), va="center", fontsize=8.5,
+                        textcoords="offset points",
+                    )  # fmt: skip
+    return figure
