@@ -5,6 +5,7 @@ import os
 import struct
 import threading
 
+import numpy as np
 import pytest
 import torch
 from torchvision import datasets
@@ -149,3 +150,20 @@ def test_unknown_names(name):
     for function in (data.load, data.resolve):
         with pytest.raises(data.DataError, match="unknown data set"):
             function(name)
+
+
+def test_textures_are_stationary_with_the_correlation_that_their_name_says():
+    for length in data.TEXTURE_LENGTHS:
+        texture = data.load(f"texture-{length}")
+        assert texture.image_shape == (1, 28, 28)
+        assert (len(texture.train), len(texture.test)) == (8000, 2000)
+        field = torch.special.logit((texture.train[:, 0].double() / 255).clamp(1 / 512, 1 - 1 / 512))
+        variance = field.var(dim=0)
+        assert variance.std() / variance.mean() < 0.05  # the same law at every pixel
+        shift = min(length, 4)
+        row = (field[:, shift:] * field[:, :-shift]).mean() / field.square().mean()
+        column = (field[:, :, shift:] * field[:, :, :-shift]).mean() / field.square().mean()
+        expected = np.exp(-(shift**2) / (2 * length**2))
+        assert row.item() == pytest.approx(expected, abs=0.03)
+        assert column.item() == pytest.approx(expected, abs=0.03)
+    assert data.load("texture-1").fingerprint != data.load("texture-2").fingerprint

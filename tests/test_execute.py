@@ -214,7 +214,12 @@ def test_every_notebook_runs_with_tiny_parameters(notebook, overrides, tmp_path,
     monkeypatch.setattr(execute, "ROOT", tmp_path)  # figures go there
     (tmp_path / "constraints.txt").touch()
     tiny = {"dataset": "digits", "epochs": 1, "seeds": 2}
-    tiny |= {"scaling_epochs": 1} if notebook == "03_bug_hunt" else {}
+    tiny |= {
+        "03_bug_hunt": {"scaling_epochs": 1},
+        "04_cause": {"map_epochs": 1},
+        "05_locality": {"short_epochs": 1, "map_epochs": 1},
+        "06_controls": {"texture_epochs": 1, "lengths": [4, 8]},
+    }.get(notebook, {})
     (tmp_path / "tiny.yaml").write_text(json.dumps(tiny))
     execute.execute(notebook, tmp_path / "tiny.yaml", overrides)
     made = {path.suffix for path in (tmp_path / "figures" / "tiny").iterdir()}

@@ -126,3 +126,32 @@ def test_a_claim_is_lost_when_it_held_and_no_longer_does(tmp_path):
     assert lost(before, write("worse", {"A": False, "B": False})) == ["A c", "C c"]
     assert lost(tmp_path / "none", tmp_path / "same") == []
     assert lost(before, tmp_path / "none") == ["A c", "C c"]
+
+
+def test_strips_put_each_number_in_the_row_of_its_pictures():
+    rows = {name: np.zeros((6, 28, 28), dtype=np.uint8) for name in ("first", "second", "third")}
+    values = {"nats": {"first": [1.0, 2.0], "second": [4.0, 6.0], "third": []}}
+    figure = figures.strips(rows, values, dict.fromkeys(rows, "black"), "T", form={"nats": "{:.1f}"})
+    names, printed = figure.axes[0::2], figure.axes[1::2]
+    assert [axes.get_ylabel() for axes in names] == list(rows)
+    assert [[text.get_text() for text in axes.texts] for axes in printed] == [["1.5"], ["5.0"], []]
+    figure.canvas.draw()
+    for left, right in zip(names, printed, strict=True):
+        (a, b), (c, d) = (np.array(axes.get_position())[:, 1] for axes in (left, right))
+        assert c - 0.02 <= (a + b) / 2 <= d + 0.02  # side by side
+
+
+def test_curves_go_through_the_means_of_their_seeds():
+    curve = figures.Curve([1, 2], [[1.0, 3.0], [5.0, 5.0]], "black")
+    figure = figures.curves({"panel": {"name": curve}}, {"panel": ("x", "y")}, "T", marks={"panel": [(1.5, "red", "here")]})
+    (axes,) = figure.axes
+    line = next(line for line in axes.lines if line.get_label() == "name")
+    np.testing.assert_allclose(line.get_ydata(), [2, 5])
+    assert axes.get_xlabel() == "x"
+
+
+def test_a_matrix_that_exceeds_its_limits_says_so():
+    figure = figures.matrices({"m": figures.Matrix(np.array([[0.0, 2.0]]), "unit", (-1, 1))}, "T")
+    bar = figure.axes[1]
+    assert bar.get_xlabel() == "unit"
+    assert bar._colorbar.extend == "max"

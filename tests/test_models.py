@@ -159,3 +159,55 @@ def test_evaluation_does_not_depend_on_how_it_is_batched(monkeypatch):
     assert torch.equal(whole, again)
     assert not torch.equal(whole, sum(evaluate(vae, images, seed=1)))
     assert whole.shape == (50,)
+
+
+VARIANTS = [
+    {"kernel_size": 13},
+    {"coordinates": True},
+    {"padding": "circular"},
+    {"kernel_size": 5, "padding": "circular", "coordinates": True},
+    {"arm": "mixed", "reach": 1},
+    {"arm": "mixed", "reach": 0, "coordinates": True},
+]
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_variants_share_trunks_and_train(options):
+    vae, reference = VAE(**options), VAE()
+    for part in ("encoder", "decoder"):
+        shapes = [[p.shape for p in getattr(m, part).parameters()] for m in (vae, reference)]
+        assert shapes[0] == shapes[1]
+    rate, distortion = vae(torch.rand(4, 1, 28, 28).round(), torch.randn(4, *vae.latent_shape))
+    (rate + distortion).mean().backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in vae.parameters())
+
+
+def test_a_reach_as_long_as_the_map_is_a_global_layer():
+    torch.manual_seed(0)
+    limited = VAE("mixed", reach=6)
+    torch.manual_seed(0)
+    whole = VAE("mixed")
+    z = torch.randn(2, 1, 7, 7)
+    torch.testing.assert_close(limited.decode(z).mean, whole.decode(z).mean, rtol=0, atol=0)
+
+
+def test_spatial_variants_take_images_of_any_size():
+    for options in ({"coordinates": True}, {"padding": "circular"}, {"kernel_size": 5}):
+        vae = VAE(**options)
+        x = torch.rand(1, 1, 36, 44)
+        assert vae.decode(vae.encode(x).mean).mean.shape == x.shape
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kernel_size": 4}, "odd"),
+        ({"padding": "reflect"}, "choose one of zeros, circular"),
+        ({"arm": "dense", "coordinates": True}, "the dense arm has none"),
+        ({"arm": "dense", "kernel_size": 5}, "the dense arm has none"),
+        ({"reach": 2}, "only the mixed arm"),
+    ],
+)
+def test_variants_that_make_no_sense(options, message):
+    with pytest.raises(ValueError, match=message):
+        VAE(**options)

@@ -133,3 +133,18 @@ def test_checksums_are_in_the_format_of_sha256sum():
     lines = (folder / runs.CHECKSUMS).read_text().splitlines()
     assert lines == [f"{runs.sha256(folder / name)}  {name}" for name in ("run.json", "value.txt")]
     assert json.loads((folder / "run.json").read_text())["environment"]["torch"]
+
+
+def test_what_a_measurement_depends_on_is_followed_through_imports():
+    from vaenb import samples
+
+    names = {module.__name__ for module in runs.with_imports(samples)}
+    assert {
+        "vaenb.samples",
+        "vaenb.quality",
+        "vaenb.classifier",
+        "vaenb.dependence",
+        "vaenb.receptive",
+        "vaenb.models",
+    } <= names
+    assert not names & {"vaenb.runs", "vaenb.progress", "vaenb.train", "vaenb.figures"}

@@ -152,6 +152,12 @@ def test_a_last_step_that_ruins_the_weights_is_not_stored(monkeypatch):
         ({"learning_rate": 0}, "expected a positive number"),
         ({"learning_rate": float("nan")}, "expected a positive number"),
         ({"latents": 20}, "latents=20 is for the dense arm"),
+        ({"kernel_size": 4}, "odd"),
+        ({"padding": "same"}, "choose one of zeros, circular"),
+        ({"coordinates": "yes"}, "choose one of False, True"),
+        ({"arm": "dense", "coordinates": True}, "the dense arm has none"),
+        ({"reach": 1}, "for the mixed arm"),
+        ({"arm": "mixed", "reach": -1}, "whole number"),
     ],
 )
 def test_impossible_configs(bad, message):

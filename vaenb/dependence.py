@@ -109,6 +109,19 @@ def correlogram(latents: np.ndarray) -> np.ndarray:
     return average / average[height - 1, width - 1]
 
 
+def lag_averages(matrix: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Each entry of a matrix over position pairs replaced by the mean over all pairs with its lag: what averages can see.
+
+    Args:
+        matrix: (h·w, h·w), positions by rows.
+        height, width: of the map.
+    """
+    y, x = np.divmod(np.arange(height * width), width)
+    lag = (y - y[:, None] + height - 1) * (2 * width - 1) + x - x[:, None] + width - 1
+    sums, counts = np.bincount(lag.ravel(), weights=matrix.ravel()), np.bincount(lag.ravel())
+    return (sums / counts)[lag]
+
+
 def morans_i(maps: np.ndarray) -> np.ndarray:
     """Moran's I of each map with the four nearest neighbours (Moran 1950): Σ w_ij z_i z_j · n / (Σ w_ij · Σ z_i²).
 

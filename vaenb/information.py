@@ -8,12 +8,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from scipy import stats
 from scipy.linalg import solve_triangular
 from sklearn.cluster import MiniBatchKMeans
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.neural_network import MLPClassifier
 
+from vaenb.data import ImageSet, binarise
 from vaenb.dependence import SampleSizeError, correlation
 
 
@@ -129,7 +131,7 @@ def information_floor(
         guesses = np.clip(network.predict_proba(test[:, seen]), 1e-12, 1)
         log_guess = np.full(len(test), np.log(1e-12))
         log_guess[known] = np.log(guesses[known, np.searchsorted(network.classes_, held_out[known])])
-        log_margin = np.log(np.bincount(held_out, minlength=labels) / len(test))[held_out]
+        log_margin = np.log(np.bincount(held_out)[held_out] / len(test))
         gains.append(log_guess - log_margin)
     total = np.sum(gains, axis=0)
     return {
@@ -137,6 +139,43 @@ def information_floor(
         "standard_error": float(total.std(ddof=1) / np.sqrt(len(total))),
         "terms": [float(gain.mean()) for gain in gains],
     }
+
+
+def floor_of_halves(rows: np.ndarray, images: ImageSet, count: int = 20_000, seed: int = 0) -> dict[str, Any]:
+    """``information_floor`` of an upper and a lower part of the image that see no common latent.
+
+    Of all such pairs of parts the one whose less variable part varies most is taken.
+
+    Args:
+        rows: of ``receptive.receptive_field``, (H, h).
+        images: grey images, binarised once.
+        count: training images used.
+        seed: of binarisation and estimator.
+
+    Returns:
+        As ``information_floor``, and ``above`` and ``below``: last row of the upper and first row of the lower part.
+
+    Raises:
+        ValueError: every two rows can see a common latent.
+    """
+    meet = rows.astype(np.uint8) @ rows.T.astype(np.uint8) > 0
+    cuts = []
+    for last in range(len(rows) - 1):
+        apart = np.nonzero(~meet[: last + 1].any(axis=0))[0]
+        cuts += [(last, int(first)) for first in apart[apart > last][:1]]
+    if not cuts:
+        raise ValueError("every row of this model sees a latent in common with every other: T3 gives no floor")
+    ink = images.train[:, 0].float().var(dim=0).sum(dim=1)  # variance of each row
+    last, first = max(cuts, key=lambda cut: min(ink[: cut[0] + 1].sum().item(), ink[cut[1] :].sum().item()))
+    regions = np.zeros((2, *images.image_shape[1:]), dtype=bool)
+    regions[0, : last + 1], regions[1, first:] = True, True
+    generator = torch.Generator().manual_seed(seed)
+    train, test = (
+        binarise(part, torch.rand(part.shape, generator=generator))[:, 0].numpy()
+        for part in (images.train[:count], images.test)
+    )
+    labels = min(128, len(train) // 10)
+    return {**information_floor(train, test, list(regions), labels, seed), "above": last, "below": first}
 
 
 def _log_determinant(matrix: np.ndarray) -> float:

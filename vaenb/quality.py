@@ -277,6 +277,8 @@ def interval(values: list[float], confidence: float = 0.95) -> tuple[float, floa
     """
     if len(values) < 2:
         raise ValueError(f"an interval over seeds needs at least 2 of them, got {len(values)}")
+    if len(set(values)) == 1:
+        return float(values[0]), float(values[0])
     low, high = stats.t.interval(confidence, len(values) - 1, loc=np.mean(values), scale=stats.sem(values))
     return float(low), float(high)
 

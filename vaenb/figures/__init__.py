@@ -5,7 +5,8 @@ Functions take results (arrays, lists of numbers) and know nothing of models.
 
 from vaenb.figures.bugs import learning_curves, loss_scaling, quantiles
 from vaenb.figures.charts import Curve, Matrix, curves, matrices
-from vaenb.figures.maps import latent_maps, map_sizes, reshaped_latents
+from vaenb.figures.controls import linear_model, textures
+from vaenb.figures.maps import dependence_fields, latent_maps, map_sizes, reshaped_latents
 from vaenb.figures.strips import strips
 from vaenb.figures.style import ARM_COLOURS, ARM_TITLES, PALETTE, grey, mosaic, new, read_numbers, save, show_ink, styled
 from vaenb.figures.symptom import gallery, seed_points
@@ -17,10 +18,12 @@ __all__ = [
     "Curve",
     "Matrix",
     "curves",
+    "dependence_fields",
     "gallery",
     "grey",
     "latent_maps",
     "learning_curves",
+    "linear_model",
     "loss_scaling",
     "map_sizes",
     "matrices",
@@ -34,4 +37,5 @@ __all__ = [
     "show_ink",
     "strips",
     "styled",
+    "textures",
 ]

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure, FigureBase
 
 from vaenb.figures.style import DIVERGING, SEQUENTIAL, bare, side_by_side, styled
@@ -47,12 +48,15 @@ class Curve:
     line: str = "-"
 
 
-def matrices(panels: Mapping[str, Matrix], title: str, height: float = 3.4, figure: FigureBase | None = None) -> Figure:
+def matrices(panels: Mapping[str, Matrix], title: str, height: float = 3.4) -> Figure:
     """Matrices side by side, each with its colour bar."""
-    if figure is None:
-        with styled(height, title) as whole:
-            matrices(panels, title, height, whole)
-        return whole
+    with styled(height, title) as figure:
+        draw_matrices(figure, panels)
+    return figure
+
+
+def draw_matrices(figure: FigureBase, panels: Mapping[str, Matrix]) -> None:
+    """Matrices side by side on a figure or a part of one."""
     for axes, name, matrix in side_by_side(figure, panels):
         low, high = matrix.limits
         colours = DIVERGING if low == -high else SEQUENTIAL
@@ -68,7 +72,17 @@ def matrices(panels: Mapping[str, Matrix], title: str, height: float = 3.4, figu
             axes.set_title(name, fontsize=9.5)
         else:
             bare(axes, name)
-    return figure
+
+
+def draw_curves(axes: Axes, lines: Mapping[str, Curve]) -> None:
+    """Curves with their points, on axes; name in the legend -> curve."""
+    for name, curve in lines.items():
+        for x, values in zip(curve.x, curve.seeds, strict=True):
+            axes.plot([x] * len(values), values, "o", color=curve.colour, alpha=0.45, markersize=3.5)
+        means = [np.mean(values) for values in curve.seeds]
+        axes.plot(curve.x, means, curve.line, color=curve.colour, linewidth=2, label=name)
+    if len(lines) > 1:
+        axes.legend(fontsize=8)
 
 
 def curves(
@@ -78,6 +92,8 @@ def curves(
     height: float = 3.2,
     marks: Mapping[str, Sequence[tuple[float, Any, str]]] | None = None,
     axes_options: Mapping[str, Mapping[str, Any]] | None = None,
+    symlog: float | None = None,
+    legend: str = "best",
 ) -> Figure:
     """Curves in panels side by side.
 
@@ -88,14 +104,12 @@ def curves(
         height: inches.
         marks: panel -> (x, colour, text) of vertical lines.
         axes_options: panel -> what ``Axes.set`` takes besides.
+        legend: its place.
+        symlog: the vertical axis is linear up to this value and logarithmic beyond.
     """
     with styled(height, title) as figure:
         for axes, panel, lines in side_by_side(figure, panels):
-            for name, curve in lines.items():
-                for x, values in zip(curve.x, curve.seeds, strict=True):
-                    axes.plot([x] * len(values), values, "o", color=curve.colour, alpha=0.45, markersize=3.5)
-                means = [np.mean(values) for values in curve.seeds]
-                axes.plot(curve.x, means, curve.line, color=curve.colour, linewidth=2, label=name)
+            draw_curves(axes, lines)
             for x, colour, text in (marks or {}).get(panel, ()):
                 axes.axvline(x, color=colour, linewidth=1.2, linestyle=":")
                 axes.annotate(
@@ -103,7 +117,9 @@ def curves(
                     va="top", fontsize=7.5, color=colour, rotation=90,
                 )  # fmt: skip
             axes.set(xlabel=labels[panel][0], ylabel=labels[panel][1], title=panel)
+            if symlog:
+                axes.set_yscale("symlog", linthresh=symlog)
             axes.set(**(axes_options or {}).get(panel, {}))
             if len(lines) > 1:
-                axes.legend(fontsize=8)
+                axes.legend(fontsize=8, loc=legend)  # again, now that all is drawn
     return figure

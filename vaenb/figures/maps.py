@@ -6,8 +6,20 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from matplotlib.patches import Rectangle
 
-from vaenb.figures.style import ARM_COLOURS, DIVERGING, INK, SEQUENTIAL, bare, mosaic, show_ink, side_by_side, styled
+from vaenb.figures.style import (
+    ARM_COLOURS,
+    DIVERGING,
+    INK,
+    PALETTE,
+    SEQUENTIAL,
+    bare,
+    mosaic,
+    show_ink,
+    side_by_side,
+    styled,
+)
 
 
 def latent_maps(images: np.ndarray, means: np.ndarray, scales: np.ndarray, samples: np.ndarray, title: str) -> Figure:
@@ -81,6 +93,22 @@ def map_sizes(
             axes.set_xticks(range(len(sizes)), [f"{size}×{size}" for size in sizes])
             axes.set(xlabel="latent map", ylabel="nats per image", title=quantity)
             axes.margins(x=0.15, y=0.15)
+    return figure
+
+
+def dependence_fields(panels: Mapping[str, np.ndarray], image: np.ndarray, pixel: tuple[int, int], title: str) -> Figure:
+    """An image, and in a frame the pixels that can depend on one of them: name -> boolean (H, W); image uint8 (H, W)."""
+    with styled(3.5, title) as figure:
+        for axes, name, field in side_by_side(figure, panels):
+            axes.imshow(image, cmap=INK, vmin=0, vmax=255)
+            axes.imshow(np.where(field, np.nan, 1.0), cmap="gray_r", alpha=0.55, vmin=0, vmax=2)
+            rows, columns = (np.nonzero(field.any(axis=axis))[0] for axis in (1, 0))
+            corner = (columns.min() - 0.5, rows.min() - 0.5)
+            axes.add_patch(
+                Rectangle(corner, np.ptp(columns) + 1, np.ptp(rows) + 1, fill=False, color=PALETTE[1], linewidth=2)
+            )
+            axes.plot(pixel[1], pixel[0], "s", color=PALETTE[1], markersize=5)
+            bare(axes, name)
     return figure
 
 

@@ -9,6 +9,8 @@ from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from vaenb.figures.style import show_ink, styled
 
+TILE = 0.36  # inches per picture
+
 
 def strips(
     pictures: Mapping[str, np.ndarray],
@@ -30,8 +32,9 @@ def strips(
     """
     form = form or {}
     columns = -(-len(next(iter(pictures.values()))) // lines)
-    widths = [0.42 * columns / lines, *[1.9] * len(panels)]
-    with styled(0.75 + (0.3 + 0.26 * lines) * len(pictures), title) as figure:
+    strip = TILE * columns
+    widths = [strip, *[(7.4 - strip) / len(panels)] * len(panels)]  # inches, with room for the names
+    with styled(0.75 + (0.2 + TILE * lines) * len(pictures), title) as figure:
         grid = figure.subplots(len(pictures), 1 + len(panels), squeeze=False, width_ratios=widths)
         for (row, images), axes in zip(pictures.items(), grid, strict=True):
             show_ink(axes[0], images, columns)
@@ -44,7 +47,7 @@ def strips(
             for index, (row, axes) in enumerate(zip(pictures, grid[:, column], strict=True)):
                 axes.set(xlim=(min(everything) - margin, max(everything) + 2.2 * margin), ylim=(-1, 1), yticks=[])
                 axes.spines[["left", "bottom"]].set_visible(False)
-                axes.xaxis.set_major_locator(MaxNLocator(4))
+                axes.xaxis.set_major_locator(MaxNLocator(3))
                 axes.tick_params(length=0, labelbottom=index == len(pictures) - 1, labelsize=8)
                 if "%" in pattern:
                     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:.0%}"))

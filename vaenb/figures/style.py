@@ -62,7 +62,9 @@ def styled(height: float, title: str) -> Iterator[Figure]:
         yield figure
 
 
-def save(figure: Figure, name: str, dataset: str, numbers: Mapping[str, Any], alt: str, note: str = "") -> Image:
+def save(
+    figure: Figure, name: str, dataset: str, numbers: Mapping[str, Any], alt: str, note: str = "", source: str = ""
+) -> Image:
     """Write ``NAME.png`` and ``NAME.json`` to the figures folder and return the picture for display, with its alt text.
 
     Args:
@@ -72,8 +74,9 @@ def save(figure: Figure, name: str, dataset: str, numbers: Mapping[str, Any], al
         numbers: what is plotted: numbers, lists, arrays. Decoded by ``read_numbers``.
         alt: what somebody who cannot see the picture should know.
         note: sample sizes, seeds.
+        source: where the data are from, if not from ``dataset``.
     """
-    caption = f"Data: {TITLES[dataset]}." + (f" {note}" if note else "")
+    caption = f"Data: {source or TITLES[dataset]}." + (f" {note}" if note else "")
     figure.supxlabel("\n".join(textwrap.wrap(caption, 145)), fontsize=7.5, color="0.35", x=0.01, ha="left")
     picture = io.BytesIO()
     with mpl.rc_context(STYLE):

@@ -1,4 +1,4 @@
-"""What becomes of a trained model's pictures when its latents come from elsewhere, encoder and decoder being frozen.
+"""Pictures that a trained model decodes from latents of any source, and what is measured on them.
 
 Each *source* of latents keeps some of what q(z|x) knows and loses the rest:
 
@@ -19,9 +19,10 @@ from torch import Tensor
 from vaenb import data
 from vaenb.classifier import classifier, extract
 from vaenb.data import ImageSet
-from vaenb.dependence import aggregate, permute
+from vaenb.dependence import aggregate, by_distance, correlation_products, permute
 from vaenb.models import BATCH, VAE
 from vaenb.quality import compare, connected_components
+from vaenb.receptive import GlobalLayerError, receptive_field, share_a_latent
 
 COUNT = 10_000  # pictures of a kind: Fréchet distances compare only at equal numbers
 
@@ -41,6 +42,8 @@ def halves(images: ImageSet) -> tuple[Tensor, Tensor]:
 
 def latents(model: VAE, images: ImageSet, source: str, seed: int = 0) -> Tensor:
     """Latents from a source, as many as there are images in each of ``halves``: (N, *latent shape).
+
+    ``per-position`` and ``prior`` take the same standard normal numbers, so that their pictures can be compared one by one.
 
     Raises:
         ValueError: unknown source.
@@ -73,8 +76,9 @@ def picture_quality(
 ) -> dict[str, Any]:
     """How pictures from each source compare with the reference images: source -> statistic -> value.
 
-    The statistics are those of ``quality.compare`` and ``one_stroke``: share that is one connected component; ``mean_image_error``: squared difference of the mean pictures,
-    relative to the variance between data, summed over pixels: whether ink is where it should be on average.
+    Those of ``quality.compare``, and ``one_stroke``: the share that is one connected component; ``mean_image_error``:
+    squared difference of the mean pictures, relative to the variance between data, both summed over pixels: is ink where it
+    should be on average?
 
     Args:
         model, images: see ``Run.measure``.
@@ -108,3 +112,59 @@ def floors(dataset: str) -> dict[str, Any]:
     order = np.random.default_rng(0).permutation(len(features))
     first, second = np.array_split(order, 2)
     return compare((features[first], probabilities[first]), (features[second], probabilities[second]), slow=True)
+
+
+def pixel_correlation(model: VAE, images: ImageSet, n: int = 20_000, splits: int = 10, seed: int = 0) -> dict[str, Any]:
+    """Squared correlation of two pixels of prior samples, by their distance, and over the pairs independent by T1.
+
+    Args:
+        model, images: see ``Run.measure``.
+        n: samples (decoder means, z ~ N(0, I)).
+        splits: as in ``dependence.correlation_products``; each two give one unbiased estimate.
+        seed: of the samples.
+
+    Returns:
+        ``by_distance``: per estimate, the mean at max(|Δy|, |Δx|) = 0, 1, …; ``independent``: per estimate, the mean over
+        the independent pairs, None for models without a receptive field or without such pairs.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    pictures = decoded(model, torch.randn(n, *model.latent_shape, generator=generator))[:, 0].numpy()
+    products = correlation_products(pictures, splits)
+    height, width = pictures.shape[1:]
+    try:
+        apart = ~share_a_latent(*receptive_field(model))
+        independent = products[:, apart].mean(axis=1).tolist() if apart.any() else None
+    except GlobalLayerError:
+        independent = None
+    return {"by_distance": by_distance(products, height, width).tolist(), "independent": independent}
+
+
+def data_correlation(images: ImageSet, splits: int = 10) -> list[list[float]]:
+    """The same for data: squared correlation of two pixels of the training images by distance, per estimate."""
+    grey = images.train[:20_000, 0].numpy() / 255
+    return by_distance(correlation_products(grey, splits), *grey.shape[1:]).tolist()
+
+
+def two_point(
+    model: VAE, images: ImageSet, sources: Sequence[str] = ("reconstructions", "prior"), seed: int = 0
+) -> dict[str, Any]:
+    """Two-point correlation of stationary pictures along rows and columns: source -> one value per distance from 0 on.
+
+    The covariance of two pixels at a distance, averaged over the picture and relative to the variance; also ``data``, and
+    ``variance``: source -> variance of a pixel, relative to that of data.
+    """
+    pictures = {source: decoded(model, latents(model, images, source, seed)) for source in sources}
+    pictures["data"] = halves(images)[1].float() / 255
+    variance = {source: p.var().item() for source, p in pictures.items()}
+    curves = {source: _two_point(p[:, 0] - p.mean()) for source, p in pictures.items()}
+    return {**curves, "variance": {source: value / variance["data"] for source, value in variance.items()}}
+
+
+def _two_point(centred: Tensor) -> list[float]:
+    side = min(centred.shape[1:])
+    sums = [
+        (centred[:, r:] * centred[:, : centred.shape[1] - r]).mean()
+        + (centred[..., r:] * centred[..., : centred.shape[2] - r]).mean()
+        for r in range(side - 4)  # few pairs are farther apart
+    ]
+    return [(value / sums[0]).item() for value in sums]
