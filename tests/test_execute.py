@@ -217,7 +217,7 @@ def test_every_notebook_runs_with_tiny_parameters(notebook, overrides, tmp_path,
     tiny |= {
         "03_bug_hunt": {"scaling_epochs": 1},
         "04_cause": {"map_epochs": 1},
-        "05_locality": {"short_epochs": 1, "map_epochs": 1},
+        "05_locality": {"short_epochs": 1, "map_epochs": 1, "learning_rates": [0.008]},
         "06_controls": {"texture_epochs": 1, "lengths": [4, 8]},
     }.get(notebook, {})
     (tmp_path / "tiny.yaml").write_text(json.dumps(tiny))
