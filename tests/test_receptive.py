@@ -115,3 +115,10 @@ def test_t1_needs_an_independent_prior():
     ):
         with pytest.raises(DependentPriorError, match="independent between the positions"):
             independent_share(vae, prior)
+
+
+def test_normalisation_over_space_has_no_receptive_field():
+    vae = VAE()
+    vae.decoder.insert(1, torch.nn.GroupNorm(1, 32))
+    with pytest.raises(GlobalLayerError, match="GroupNorm"):
+        receptive_field(vae)

@@ -169,6 +169,8 @@ def _papermill(source: Path, copy: Path, parameters: dict[str, Any], staging: Pa
 
     os.environ.update(VAENB_FIGURES=str(staging), JUPYTER_PREFER_ENV_PATH="1")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(SOURCE), os.environ.get("PYTHONPATH")]))
+    for pool in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):  # notebooks run side by side, each on a core of its own;
+        os.environ.setdefault(pool, "1")  # threads that wait for each other on a busy core are far slower than one
     os.environ.setdefault("VAENB_PROGRESS", "bar" if sys.stderr.isatty() else "plain")
     try:
         papermill.execute_notebook(
