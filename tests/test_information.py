@@ -1,8 +1,11 @@
+import dataclasses
+
 import numpy as np
 import pytest
 from scipy import stats
 
 from vaenb import information
+from vaenb.data import load
 from vaenb.dependence import SampleSizeError
 
 
@@ -87,6 +90,18 @@ def test_floor_of_independent_regions_is_not_positive():
         part[:, :, 6:] = part[np.random.default_rng(seed).permutation(len(part)), :, 6:]
     result = information.information_floor(train, test, regions(slice(0, 6), slice(6, 12)), labels=4)
     assert result["floor"] < 2 * result["standard_error"] + 1e-3
+
+
+def test_floor_of_halves_needs_parts_that_share_nothing():
+    images = load("digits")
+    with pytest.raises(ValueError, match="T3 gives no floor"):
+        information.floor_of_halves(np.ones((28, 7), dtype=bool), images)
+    colour = dataclasses.replace(images, train=images.train.expand(-1, 3, -1, -1))
+    with pytest.raises(ValueError, match="3 channels"):
+        information.floor_of_halves(np.eye(28, dtype=bool), colour)
+    floor = information.floor_of_halves(np.eye(28, dtype=bool), images)  # every row on its own
+    assert floor["below"] == floor["above"] + 1
+    assert floor["floor"] > 0.5  # halves of a digit know of each other
 
 
 def test_estimators_say_how_many_images_they_need():

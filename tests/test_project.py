@@ -7,6 +7,7 @@ import nbformat
 import pytest
 import yaml
 
+from vaenb.quality import interval
 from vaenb.runs import ROOT
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -98,3 +99,17 @@ def test_numbers_in_the_readme_are_those_of_the_committed_figures():
         cells = [f"{mean(values):.1f} ± {stdev(values):.1f}" for values in nats]
         cells.append(f"{100 * mean(numbers['statistics'][model]['one_stroke_samples']):.0f} %")
         assert f"| {model} | {' | '.join(cells)} |" in readme
+
+
+def test_frechet_distances_in_the_readme_are_those_of_the_committed_figures():
+    readme = (ROOT / "README.md").read_text()
+    numbers = json.loads((ROOT / "figures" / "mnist" / "locality_test.json").read_text())["numbers"]["statistics"]
+    rows = {
+        "dense": "FC-VAE, 20 latents",
+        "mixed": "mixed: the 7×7 map and one linear layer",
+        "spatial": "FCNN-VAE, 7×7 map",
+    }
+    for arm, name in rows.items():
+        values = numbers[arm]["frechet"]
+        low, high = interval(values)
+        assert f"| {name} | {mean(values):.0f} | {low:.0f} to {high:.0f} |" in readme

@@ -32,6 +32,10 @@ def test_data_are_mostly_one_stroke_and_noise_is_not():
     assert (quality.connected_components(noise, 0.8) > 1).mean() > 0.9
 
 
+def test_interval_of_equal_values_is_their_value():
+    assert quality.interval([3.0, 3.0]) == (3.0, 3.0)
+
+
 def test_interval_is_students_t():
     values = [1.0, 2.0, 4.0]
     low, high = quality.interval(values)

@@ -122,3 +122,15 @@ def test_normalisation_over_space_has_no_receptive_field():
     vae.decoder.insert(1, torch.nn.GroupNorm(1, 32))
     with pytest.raises(GlobalLayerError, match="GroupNorm"):
         receptive_field(vae)
+
+
+def test_counting_pairs_needs_no_list_of_them():
+    vae = VAE()
+    rows, columns = receptive_field(vae, (28, 36))
+    pairs = share_a_latent(rows, columns)
+    off = ~np.eye(len(pairs), dtype=bool)
+    assert independent_share(vae, size=(28, 36)) == pytest.approx((~pairs)[off].mean())
+    assert independent_share(vae, size=(2048, 2048)) > 0.999
+    wide = np.ones((3, 512), dtype=bool)  # 512 common positions are many, not none
+    assert share_a_latent(wide, wide).all()
+    assert dependence_range(wide, wide) == 2

@@ -88,3 +88,17 @@ def test_picture_quality_tells_sources_apart(vae, digits):
     floor = samples.floors("digits")
     assert floor["frechet"] < result["prior"]["frechet"]  # an untrained decoder draws grey
     assert result["prior"]["mean_image_error"] > 0.1
+
+
+def test_nats_of_an_untrained_encoder_bound_what_they_say(vae, digits):
+    nats = samples.aggregate_nats(vae, digits, count=1200)
+    assert set(nats) == {"position", "full", "total_correlation"}
+    assert nats["full"] == pytest.approx(nats["position"], abs=2)  # hardly any dependence before training
+    assert set(samples.aggregate_nats(vae, digits, count=600)) == {"position", "total_correlation"}  # too few for the third
+
+
+def test_pixel_statistics_refuse_colour(vae, digits):
+    colour = dataclasses.replace(digits, train=digits.train.expand(-1, 3, -1, -1), test=digits.test.expand(-1, 3, -1, -1))
+    for measure in (lambda: samples.data_correlation(colour), lambda: samples.two_point(vae, colour)):
+        with pytest.raises(ValueError, match="3 channels"):
+            measure()

@@ -156,9 +156,11 @@ def floor_of_halves(rows: np.ndarray, images: ImageSet, count: int = 20_000, see
         As ``information_floor``, and ``above`` and ``below``: last row of the upper and first row of the lower part.
 
     Raises:
-        ValueError: every two rows can see a common latent.
+        ValueError: every two rows can see a common latent; images of several channels.
     """
-    meet = rows.astype(np.uint8) @ rows.T.astype(np.uint8) > 0
+    if images.image_shape[0] != 1:
+        raise ValueError(f"images of {images.image_shape[0]} channels: the floor is defined here for binary images of one")
+    meet = rows @ rows.T
     cuts = []
     for last in range(len(rows) - 1):
         apart = np.nonzero(~meet[: last + 1].any(axis=0))[0]

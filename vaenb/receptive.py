@@ -51,8 +51,7 @@ def receptive_field(model: VAE, size: tuple[int, int] | None = None) -> tuple[np
 
 def share_a_latent(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
     """Which pairs of pixels see a common position: boolean, (H·W, H·W). The others are independent, by T1."""
-    meet = [field.astype(np.uint8) @ field.T.astype(np.uint8) > 0 for field in (rows, columns)]
-    return np.kron(*meet)
+    return np.kron(rows @ rows.T, columns @ columns.T)
 
 
 def independent_share(model: VAE, prior: Distribution | None = None, size: tuple[int, int] | None = None) -> float:
@@ -70,14 +69,15 @@ def independent_share(model: VAE, prior: Distribution | None = None, size: tuple
     require_independent(prior or model.prior(size))
     rows, columns = receptive_field(model, size)
     pixels = len(rows) * len(columns)
-    return 1 - (share_a_latent(rows, columns).sum() - pixels) / (pixels * (pixels - 1))
+    meeting = int((rows @ rows.T).sum()) * int((columns @ columns.T).sum())  # both axes must meet, so the counts multiply
+    return 1 - (meeting - pixels) / (pixels * (pixels - 1))
 
 
 def dependence_range(rows: np.ndarray, columns: np.ndarray) -> int:
     """Largest distance max(|Δy|, |Δx|) at which two pixels can see a common position; beyond it all are independent."""
     reach = 0
     for field in (rows, columns):
-        first, second = np.nonzero(field.astype(np.uint8) @ field.T.astype(np.uint8))
+        first, second = np.nonzero(field @ field.T)
         reach = max(reach, int(np.abs(first - second).max()))
     return reach
 

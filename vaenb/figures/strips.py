@@ -42,10 +42,12 @@ def strips(
             axes[0].set_ylabel(row, rotation=0, ha="right", va="center", fontsize=9, color=colours[row], fontweight="bold")
         for column, (quantity, rows) in enumerate(panels.items(), start=1):
             everything = [value for values in rows.values() for value in values]
-            margin = 0.12 * (max(everything) - min(everything) or 1)
+            low, high = min(everything), max(everything)
+            low = 0 if 0 < low < 0.75 * high else low  # so that lengths can be compared
+            margin = 0.12 * (high - low or 1)
             pattern = form.get(quantity, "{:.0f}")
             for index, (row, axes) in enumerate(zip(pictures, grid[:, column], strict=True)):
-                axes.set(xlim=(min(everything) - margin, max(everything) + 2.2 * margin), ylim=(-1, 1), yticks=[])
+                axes.set(xlim=(low - margin / 2, high + 2.4 * margin), ylim=(-1, 1), yticks=[])
                 axes.spines[["left", "bottom"]].set_visible(False)
                 axes.xaxis.set_major_locator(MaxNLocator(3))
                 axes.tick_params(length=0, labelbottom=index == len(pictures) - 1, labelsize=8)
