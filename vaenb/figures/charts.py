@@ -74,15 +74,15 @@ def draw_matrices(figure: FigureBase, panels: Mapping[str, Matrix]) -> None:
             bare(axes, name)
 
 
-def draw_curves(axes: Axes, lines: Mapping[str, Curve]) -> None:
-    """Curves with their points, on axes; name in the legend -> curve."""
+def draw_curves(axes: Axes, lines: Mapping[str, Curve], legend: str = "best") -> None:
+    """Curves with their points, on axes; name in the legend, which is at that place -> curve."""
     for name, curve in lines.items():
         for x, values in zip(curve.x, curve.seeds, strict=True):
             axes.plot([x] * len(values), values, "o", color=curve.colour, alpha=0.45, markersize=3.5)
         means = [np.mean(values) for values in curve.seeds]
         axes.plot(curve.x, means, curve.line, color=curve.colour, linewidth=2, label=name)
     if len(lines) > 1:
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, loc=legend)
 
 
 def curves(
@@ -109,7 +109,7 @@ def curves(
     """
     with styled(height, title) as figure:
         for axes, panel, lines in side_by_side(figure, panels):
-            draw_curves(axes, lines)
+            draw_curves(axes, lines, legend)
             for x, colour, text in (marks or {}).get(panel, ()):
                 axes.axvline(x, color=colour, linewidth=1.2, linestyle=":")
                 axes.annotate(
@@ -120,6 +120,4 @@ def curves(
             if symlog:
                 axes.set_yscale("symlog", linthresh=symlog)
             axes.set(**(axes_options or {}).get(panel, {}))
-            if len(lines) > 1:
-                axes.legend(fontsize=8, loc=legend)  # again, now that all is drawn
     return figure
