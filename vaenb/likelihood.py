@@ -11,15 +11,17 @@ from torch import Tensor
 
 from vaenb.data import ImageSet, binarise
 from vaenb.models import BATCH, VAE, evaluate, noise_sources, reparametrise
+from vaenb.priors import Prior
 
 
 @torch.no_grad()
-def log_weights(model: VAE, images: Tensor, k: int, seed: int = 0) -> Tensor:
+def log_weights(model: VAE, images: Tensor, k: int, seed: int = 0, prior: Prior | None = None) -> Tensor:
     """Log p(x, z_i) / q(z_i|x) for k draws z_i ~ q(z|x) of each image: the mean over draws estimates the ELBO.
 
     Args:
         images: uint8, (N, C, H, W); binarised once each, as in ``models.evaluate`` with the same seed.
         k: draws per image.
+        prior: instead of the model's own.
 
     Returns:
         (k, N), nats, on the CPU.
@@ -35,9 +37,9 @@ def log_weights(model: VAE, images: Tensor, k: int, seed: int = 0) -> Tensor:
     for batch in images.split(BATCH):
         x = binarise(batch, torch.rand(batch.shape, generator=pixels)).to(device)
         size = (x.shape[-2], x.shape[-1])
-        q, prior = model.encode(x), model.prior(size)
+        q, p = model.encode(x), prior or model.prior(size)
         draws = (reparametrise(q, torch.randn(q.mean.shape, generator=noise).to(device)) for _ in range(k))
-        parts.append(torch.stack([model.decode(z, size).log_prob(x) + prior.log_prob(z) - q.log_prob(z) for z in draws]))
+        parts.append(torch.stack([model.decode(z, size).log_prob(x) + p.log_prob(z) - q.log_prob(z) for z in draws]))
     return torch.cat(parts, dim=1).cpu()
 
 
@@ -55,15 +57,19 @@ def negative_log_likelihood(weights: Tensor) -> Tensor:
     return math.log(len(weights)) - torch.logsumexp(weights, dim=0)
 
 
-def bounds(model: VAE, images: ImageSet, k: int = 100, subset: int = 1000) -> dict[str, Any]:
+def bounds(model: VAE, images: ImageSet, k: int = 100, subset: int = 1000, prior: Prior | None = None) -> dict[str, Any]:
     """Test-set means in nats per image: ``rate``, ``distortion``, ``negative_elbo`` and ``negative_log_likelihood``.
 
     The importance-weighted bound takes k draws, so the slack −ELBO − bound is measured on a random ``subset`` of the test
     set and taken off the −ELBO of the whole test set (a control variate: the slack varies far less between images than
-    the bound itself). ``standard_error`` is that of the slack, the only part that the subset makes uncertain.
+    the bound itself). ``standard_error`` is that of the slack, the only part that the subset makes uncertain. With another
+    ``prior`` than the model's own, −ELBO is estimated from one draw per image, without its parts.
     """
-    means = elbo(model, images)
-    weights = log_weights(model, images.test[_choose(len(images.test), subset)], k)
+    if prior is None:
+        means = elbo(model, images)
+    else:
+        means = {"negative_elbo": -log_weights(model, images.test, 1, prior=prior).double().mean().item()}
+    weights = log_weights(model, images.test[_choose(len(images.test), subset)], k, prior=prior)
     slack = (-weights.mean(dim=0) - negative_log_likelihood(weights)).double()
     nll = means["negative_elbo"] - slack.mean().item()
     error = (slack.std() / math.sqrt(len(slack))).item() if len(slack) < len(images.test) else 0.0

@@ -7,6 +7,7 @@ from vaenb.figures.bugs import learning_curves, loss_scaling, quantiles
 from vaenb.figures.charts import Curve, Matrix, curves, matrices
 from vaenb.figures.controls import linear_model, textures
 from vaenb.figures.maps import dependence_fields, latent_maps, map_sizes, reshaped_latents
+from vaenb.figures.repair import neighbours, worth
 from vaenb.figures.strips import strips
 from vaenb.figures.style import ARM_COLOURS, ARM_TITLES, PALETTE, grey, mosaic, new, read_numbers, save, show_ink, styled
 from vaenb.figures.symptom import gallery, seed_points
@@ -28,6 +29,7 @@ __all__ = [
     "map_sizes",
     "matrices",
     "mosaic",
+    "neighbours",
     "new",
     "quantiles",
     "read_numbers",
@@ -38,4 +40,5 @@ __all__ = [
     "strips",
     "styled",
     "textures",
+    "worth",
 ]

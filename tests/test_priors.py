@@ -1,0 +1,245 @@
+"""Priors: densities that are densities, samples that follow them, and fits that find what is there."""
+
+import functools
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor
+from torch.distributions import Categorical, Independent, MixtureSameFamily, MultivariateNormal, Normal
+
+from vaenb.autoregressive import REACH, Autoregressive
+from vaenb.flows import Flow, FlowMatching
+from vaenb.gaussians import FullGaussian, Mixture, PositionGaussian
+from vaenb.models import VAE
+from vaenb.priors import Prior, StandardNormal
+from vaenb.two_stage import TwoStage, Vamp
+
+
+@functools.lru_cache
+def moons(n: int = 4000) -> Tensor:
+    """Two latents at two positions, (n, 1, 1, 2): two arcs, so neither Gaussian nor independent."""
+    generator = torch.Generator().manual_seed(0)
+    angle = torch.rand(n, generator=generator) * torch.pi
+    side = torch.randint(2, (n,), generator=generator) * 2.0 - 1
+    points = torch.stack([side * (angle.cos() - 0.4), side * (angle.sin() - 0.4)], dim=1)
+    return (points + 0.2 * torch.randn(n, 2, generator=generator)).view(n, 1, 1, 2)
+
+
+def vae() -> VAE:
+    """A small untrained VAE with two latents, whose weights are large enough for its posteriors to differ."""
+    torch.manual_seed(0)
+    model = VAE("spatial", (1, 4, 8), 4, hidden=(4, 4))
+    for parameter in model.parameters():
+        parameter.data *= 2
+    return model
+
+
+SHAPE = (1, 1, 2)
+FITTED = {
+    "position": lambda: PositionGaussian(SHAPE),
+    "gaussian": lambda: FullGaussian(SHAPE),
+    "mixture": lambda: Mixture(SHAPE, components=8),
+    "flow": lambda: Flow(SHAPE, hidden=32, epochs=5, learning_rate=5e-3),
+    "autoregressive": lambda: Autoregressive(SHAPE, hidden=16, blocks=1, epochs=5, learning_rate=5e-3),
+    "flow-matching": lambda: FlowMatching(SHAPE, hidden=32, blocks=2, position_aware=True, epochs=20, learning_rate=5e-3),
+    "from-mixture": lambda: FlowMatching(SHAPE, hidden=32, blocks=2, components=8, epochs=4, learning_rate=5e-3),
+    "vamp": lambda: Vamp(vae(), components=20, epochs=5, learning_rate=5e-2),
+    "two-stage": lambda: TwoStage(SHAPE, hidden=64, epochs=60),
+}
+
+
+@functools.lru_cache
+def fitted(name: str) -> Prior:
+    return new(name).fit(moons())
+
+
+def new(name: str) -> Prior:
+    torch.manual_seed(0)
+    return FITTED[name]()
+
+
+def quadrant(z: Tensor) -> Tensor:
+    """Which of the four quadrants each point lies in."""
+    right, upper = (z.flatten(1) > 0).long().unbind(dim=1)
+    return right + 2 * upper
+
+
+def plane(step: float = 0.04) -> Tensor:
+    """Points of a grid over everything that has density, (n, 1, 1, 2)."""
+    axis = torch.arange(-6, 6, step)
+    return torch.cartesian_prod(axis, axis).view(-1, 1, 1, 2)
+
+
+@pytest.mark.parametrize("name", FITTED)
+def test_the_density_integrates_to_one(name):
+    flow = name in ("flow-matching", "from-mixture")
+    step = 0.1 if flow else 0.04
+    mass = fitted(name).log_prob(plane(step)).double().exp().sum().item() * step**2
+    if name == "two-stage":  # a bound from below: it may lose some, and its random draws may not add to it
+        assert 0.85 < mass < 1.02
+    else:
+        assert mass == pytest.approx(1, abs=0.03 if flow else 5e-3)
+
+
+@pytest.mark.parametrize("name", FITTED)
+def test_samples_follow_the_density(name):
+    # The share of samples in each quadrant against the integral of the density over it.
+    prior, points = fitted(name), plane()
+    drawn = torch.bincount(quadrant(prior.sample(8000, seed=3)), minlength=4) / 8000
+    if name in (
+        "flow-matching",
+        "from-mixture",
+        "two-stage",
+    ):  # estimated densities: against the data that they have learned
+        expected = torch.bincount(quadrant(moons()), minlength=4) / len(moons())
+        tolerance = 0.05
+    else:
+        expected = torch.zeros(4).index_add(0, quadrant(points), prior.log_prob(points).exp() * 0.04**2)
+        tolerance = 0.025
+    assert (drawn - expected).abs().max() < tolerance
+
+
+@pytest.mark.parametrize("name", FITTED)
+def test_sample_moments_are_those_of_the_latents(name):
+    if name == "vamp":
+        pytest.skip("an untrained encoder's posteriors cannot make every mean and variance")
+    drawn, z = fitted(name).sample(8000, seed=1).flatten(1), moons().flatten(1)
+    assert torch.allclose(drawn.mean(dim=0), z.mean(dim=0), atol=0.12)
+    assert torch.allclose(drawn.std(dim=0), z.std(dim=0), atol=0.1)
+
+
+@pytest.mark.parametrize("name", FITTED)
+def test_a_fit_gains_nats(name):
+    z = moons()
+    # An untrained encoder's posteriors are no good start: its mixture is compared with itself before the fit.
+    before = new(name) if name == "vamp" else StandardNormal(SHAPE)
+    gain = (fitted(name).log_prob(z) - before.log_prob(z)).mean()
+    assert gain > (0.0 if name in ("position", "gaussian", "vamp") else 0.15)
+
+
+@pytest.mark.parametrize("name", FITTED)
+def test_nothing_is_gained_where_the_latents_are_standard_normal(name):
+    if name == "vamp":
+        pytest.skip("a mixture of an untrained encoder's posteriors is not N(0, I)")
+    z = torch.randn(24_000, *SHAPE, generator=torch.Generator().manual_seed(7))
+    prior = new(name).fit(z[:12_000])
+    gain = prior.log_prob(z[12_000:]) - StandardNormal(SHAPE).log_prob(z[12_000:])
+    assert abs(gain.mean().item()) < 0.03
+
+
+@pytest.mark.parametrize("name", FITTED)
+def test_saved_and_loaded_it_is_the_same_to_the_bit(name):
+    prior, other = fitted(name), new(name)
+    state = safetensors.torch.load(safetensors.torch.save({k: v.contiguous() for k, v in prior.state_dict().items()}))
+    other.load_state_dict(state)
+    assert torch.equal(prior.sample(50, seed=2), other.sample(50, seed=2))
+    assert torch.equal(prior.log_prob(moons()[:50]), other.log_prob(moons()[:50]))
+
+
+@pytest.mark.parametrize("name", ["mixture", "autoregressive"])
+def test_the_same_seed_gives_the_same_fit(name):
+    again = new(name).fit(moons())
+    assert torch.equal(again.sample(20), fitted(name).sample(20))
+    other = new(name).fit(moons(), seed=1)
+    assert not torch.equal(other.sample(20), fitted(name).sample(20))
+
+
+def test_gaussians_and_mixtures_have_the_densities_of_torch():
+    z = moons()
+    flat = z.flatten(1)
+    position, full, mixture = (fitted(name) for name in ("position", "gaussian", "mixture"))
+    expected = Independent(Normal(flat.mean(dim=0), flat.std(dim=0)), 1).log_prob(flat)
+    assert torch.allclose(position.log_prob(z), expected, atol=1e-4)
+    expected = MultivariateNormal(flat.mean(dim=0), flat.T.cov()).log_prob(flat)
+    assert torch.allclose(full.log_prob(z), expected, atol=2e-2)
+    components = MultivariateNormal(mixture.means, precision_matrix=mixture.whitening @ mixture.whitening.mT)
+    expected = MixtureSameFamily(Categorical(logits=mixture.log_weights), components).log_prob(flat)
+    assert torch.allclose(mixture.log_prob(z), expected, atol=1e-3)
+
+
+def network(kind: type, **options: int) -> Prior:
+    """An untrained convolutional prior on a 7×7 map in double precision, with weights that make everything matter."""
+    torch.manual_seed(0)
+    prior = kind((2, 7, 7), hidden=8, blocks=2, **options).double()
+    for parameter in prior.parameters():
+        parameter.data = 0.1 * torch.randn_like(parameter)
+    return prior
+
+
+@pytest.mark.parametrize("options", [{}, {"position_aware": True}])
+def test_no_position_depends_on_itself_or_on_later_ones(options):
+    prior = network(Autoregressive, **options)
+    z = torch.randn(1, 2, 7, 7, dtype=torch.float64)
+    before = prior.conditionals(z)
+    for changed in range(49):
+        other = z.clone()
+        other[0, :, changed // 7, changed % 7] += 1
+        after = prior.conditionals(other)
+        same = torch.stack([(a == b).flatten(1).all(dim=1) for a, b in zip(before, after, strict=True)]).all(dim=0)
+        assert same[: changed + 1].all()
+        assert changed == 48 or not same[changed + 1 :].any()  # no blind spot: every later position of a 7×7 map sees it
+
+
+@pytest.mark.parametrize("options", [{}, {"position_aware": True}])
+def test_autoregressive_samples_follow_the_conditionals(options):
+    # Sampling keeps what earlier positions have computed. Drawn again from the whole network, they must be the same.
+    prior = network(Autoregressive, **options).float()
+    z = prior.sample(3, seed=5)
+    log_weights, means, lower = (part.unflatten(0, (3, 49)) for part in prior.conditionals(z))
+    generator = torch.Generator().manual_seed(5)
+    for position in range(49):
+        chosen = torch.multinomial(log_weights[:, position].exp(), 1, generator=generator)[:, 0]
+        noise = torch.randn(3, 2, 1, generator=generator)
+        each = torch.arange(3)
+        expected = means[each, position, chosen] + torch.linalg.solve(lower[each, position, chosen], noise)[..., 0]
+        assert torch.allclose(z[:, :, position // 7, position % 7], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_without_positions_the_interior_of_a_larger_map_is_translation_equivariant():
+    torch.manual_seed(1)
+    z = torch.randn(1, 2, 30, 30, dtype=torch.float64)
+    shifted = z.roll((2, 3), dims=(2, 3))
+    prior = network(Autoregressive)
+    margin = REACH + 2 + 3  # what the network sees, and the shift
+    maps = [torch.cat([p.flatten(1) for p in prior.conditionals(x)], dim=1).view(30, 30, -1) for x in (z, shifted)]
+    assert torch.allclose(maps[0][margin:-3, margin:-margin], maps[1].roll((-2, -3), dims=(0, 1))[margin:-3, margin:-margin])
+    flow = network(FlowMatching)
+    speeds = [flow.velocity(x, torch.tensor([0.3], dtype=torch.float64)) for x in (z, shifted)]
+    inner = slice(8, -8)
+    assert torch.allclose(speeds[0][..., inner, inner], speeds[1].roll((-2, -3), dims=(2, 3))[..., inner, inner])
+    aware = network(FlowMatching, position_aware=True)
+    speeds = [aware.velocity(x, torch.tensor([0.3], dtype=torch.float64)) for x in (z, shifted)]
+    assert not torch.allclose(speeds[0][..., inner, inner], speeds[1].roll((-2, -3), dims=(2, 3))[..., inner, inner])
+
+
+@pytest.mark.parametrize("kind", [Autoregressive, FlowMatching])
+def test_convolutional_priors_are_drawn_on_any_grid(kind):
+    prior = network(kind).float()
+    assert prior.sample(2, grid=(3, 11)).shape == (2, 2, 3, 11)
+    assert prior.log_prob(torch.randn(2, 2, 3, 11)).shape == (2,)
+
+
+def test_patches_hold_the_same_latents():
+    prior = Autoregressive((1, 4, 6), hidden=8, patch=2)
+    z = torch.randn(3, 1, 4, 6)
+    assert prior.to_patches(z).shape == (3, 4, 2, 3)
+    assert torch.equal(prior.from_patches(prior.to_patches(z)), z)
+    assert Autoregressive((5,), hidden=8).sample(2).shape == (2, 5)
+
+
+def test_bad_latents_are_refused_in_words():
+    with pytest.raises(ValueError, match=r"expected \(N, 1, 1, 2\)"):
+        FullGaussian(SHAPE).fit(torch.randn(10, 2))
+    with pytest.raises(ValueError, match="NaN"):
+        FullGaussian(SHAPE).fit(torch.full((10, *SHAPE), torch.nan))
+    with pytest.raises(ValueError, match=r"10 latents.*needs at least 24"):
+        Mixture(SHAPE, components=8).fit(torch.randn(10, *SHAPE))
+    with pytest.raises(ValueError, match="never vary"):
+        PositionGaussian(SHAPE).fit(torch.ones(10, *SHAPE))
+    with pytest.raises(ValueError, match="none on a grid of"):
+        fitted("gaussian").sample(1, grid=(3, 3))
+    with pytest.raises(ValueError, match="cannot be divided"):
+        Autoregressive((1, 7, 7), hidden=8, patch=2)
+    with pytest.raises(ValueError, match="lower its learning_rate"):
+        TwoStage(SHAPE, learning_rate=1e6, hidden=8).fit(moons())

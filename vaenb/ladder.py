@@ -1,0 +1,183 @@
+"""The repair: a prior learned for a trained VAE, whose encoder and decoder stay as they are, rung by rung.
+
+A *rung* is a kind of prior with its settings. Fitted priors are kept in the run store, and so is what is measured of them.
+"""
+
+import copy
+import functools
+import inspect
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from vaenb import checkpoints, dependence, joint, models, runs
+from vaenb.autoregressive import Autoregressive
+from vaenb.flows import Flow, FlowMatching
+from vaenb.gaussians import FullGaussian, Mixture, PositionGaussian
+from vaenb.models import VAE
+from vaenb.priors import Convolutional, Prior, StandardNormal
+from vaenb.progress import Progress
+from vaenb.train import Run
+from vaenb.two_stage import TwoStage, Vamp
+
+RUNGS: dict[str, tuple[type[Prior], dict[str, Any]]] = {
+    "N(0, I)": (StandardNormal, {}),
+    "per position": (PositionGaussian, {}),
+    "full Gaussian": (FullGaussian, {}),
+    "VampPrior": (Vamp, {"components": 500, "batch_size": 512, "learning_rate": 0.1}),
+    "two-stage VAE": (TwoStage, {}),
+    "spline flow": (Flow, {}),
+    "autoregressive": (Autoregressive, {"position_aware": True, "learning_rate": 4e-3}),
+    "mixture": (Mixture, {"components": 150}),
+    "flow matching": (FlowMatching, {"position_aware": True, "components": 100, "steps": 5}),
+}
+SIDE = 7  # positions of a map, along each axis, that convolutional priors work on: larger maps come in patches
+COUNT = 60_000  # latents that a prior learns from: one draw or more of each image
+REFINE = 2  # sweeps of expectation maximisation after joint training
+PER_COMPONENT = 6  # latents for each entry of the mean of a component of a mixture, at least
+
+
+@dataclass(frozen=True)
+class Repaired:
+    """A trained VAE and a prior that was fitted to its latents, in the store."""
+
+    run: Run
+    rung: str
+    count: int
+    folder: Path
+
+    @functools.cached_property
+    def prior(self) -> Prior:
+        """The fitted prior, on the CPU, without gradients."""
+        prior = build(self.rung, self.run.model, self.count)
+        prior.load_state_dict(safetensors.torch.load_file(self.folder / "prior.safetensors"))
+        return prior.requires_grad_(False)
+
+    @property
+    def cost(self) -> dict[str, Any]:
+        """``seconds`` of fitting and ``parameters``."""
+        return runs.read(self.folder)["summary"]
+
+    def measure(self, function: Callable[..., dict[str, Any]], **arguments: Any) -> dict[str, Any]:
+        """``function(self, **arguments)``, computed once and kept in the store, as ``train.Run.measure`` does."""
+
+        def compute(_: Path) -> dict[str, Any]:
+            with Progress(f"{self.run.config.label}, {self.rung}: {function.__name__}", 1) as progress:
+                result = function(self, **arguments)
+                progress.step()
+                progress.milestone("measured")
+            return result
+
+        spec = {"prior": self.folder.name, "function": function.__qualname__, "arguments": arguments}
+        label = f"{self.run.config.label}-{_slug(self.rung)}-{function.__name__}"
+        return runs.read(runs.entry(label, spec, runs.with_imports(inspect.getmodule(function)), compute))["summary"]
+
+
+def build(rung: str, model: VAE, count: int = COUNT) -> Prior:
+    """A newly initialised prior for the latents of a model; the same one every time.
+
+    Args:
+        rung: of ``RUNGS``.
+        model: whose latents; the VampPrior has its encoder, too.
+        count: latents to learn from: mixtures get no more components than these can tell apart.
+
+    Raises:
+        ValueError: unknown rung.
+    """
+    if rung not in RUNGS:
+        raise ValueError(f"unknown rung {rung!r}: choose one of {', '.join(RUNGS)}")
+    kind, options = RUNGS[rung]
+    options = dict(options)
+    if issubclass(kind, Mixture | FlowMatching) and "components" in options:
+        affordable = count // (PER_COMPONENT * math.prod(model.latent_shape))
+        options["components"] = max(1, min(options["components"], affordable))
+    if issubclass(kind, Convolutional) and model.arm != "dense":
+        options["patch"] = max(1, model.latent_shape[1] // SIDE)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return kind(model if kind is Vamp else model.latent_shape, **options)
+
+
+def repair(run: Run, rung: str, count: int = COUNT, wait: bool = True) -> Repaired:
+    """The prior of this rung for a trained VAE: from the store if it is there, else fitted now and stored.
+
+    Args:
+        run: the VAE.
+        rung: of ``RUNGS``.
+        count: latents to learn from: as many draws of each training image as it takes.
+        wait: for another process that fits the same, rather than raise ``runs.Busy``.
+    """
+    prior = build(rung, run.model, count)
+    kind, options = RUNGS[rung]
+
+    def fit(folder: Path) -> dict[str, Any]:
+        started = time.perf_counter()
+        prior.to("cuda" if torch.cuda.is_available() else "cpu")
+        prior.fit(_draws(run.model, run.images.train, count), seed=run.config.seed)
+        _save(folder / "prior.safetensors", prior)
+        parameters = sum(tensor.numel() for tensor in prior.state_dict().values())
+        return {"seconds": time.perf_counter() - started, "parameters": parameters}
+
+    spec = {"run": run.folder.name, "prior": [kind.__name__, options, SIDE, PER_COMPONENT], "count": count,
+            "torch": torch.__version__}  # fmt: skip
+    code = [*runs.with_imports(inspect.getmodule(kind)), dependence, models]
+    entry = runs.entry(f"{run.config.label}-{_slug(rung)}", spec, _once(code), fit, wait)
+    return Repaired(run, rung, count, entry)
+
+
+def tune(repaired: Repaired, epochs: int = 6, learning_rate: float = 6e-3, wait: bool = True) -> Repaired:
+    """Encoder, decoder and prior trained on together from where they are; see ``joint.train_jointly``.
+
+    Args:
+        repaired: a VAE and a prior with a density to train through.
+        epochs, learning_rate: of the joint training.
+        wait: see ``repair``.
+
+    Returns:
+        The same kind of prior on another run, whose latents other priors may in turn be fitted to.
+
+    Raises:
+        ValueError: see ``joint.train_jointly``.
+    """
+    run = repaired.run
+
+    def train(folder: Path) -> dict[str, Any]:
+        started = time.perf_counter()
+        model, prior = copy.deepcopy(run.model), copy.deepcopy(repaired.prior)
+        joint.train_jointly(model, prior, run.images.train, epochs, learning_rate, run.config.seed)
+        if isinstance(prior, Mixture):  # gradients have followed latents that moved; now they stand still
+            prior.refine(_draws(model, run.images.train, repaired.count), REFINE)
+        _save(folder / "model.safetensors", model)
+        _save(folder / "prior.safetensors", prior)
+        return {**repaired.cost, "seconds": time.perf_counter() - started}
+
+    spec = {"prior": repaired.folder.name, "epochs": epochs, "learning_rate": learning_rate, "torch": torch.__version__}
+    code = [*runs.with_imports(inspect.getmodule(RUNGS[repaired.rung][0])), *runs.with_imports(joint), checkpoints]
+    entry = runs.entry(f"{run.config.label}-{_slug(repaired.rung)}-jointly", spec, _once(code), train, wait)
+    return Repaired(Run(run.config, entry), repaired.rung, repaired.count, entry)
+
+
+def _draws(model: VAE, images: Tensor, count: int) -> Tensor:
+    """The first ``count`` of as many draws of z for each image as that takes."""
+    draws = [dependence.aggregate(model, images, seed=1 + i) for i in range(math.ceil(count / len(images)))]
+    return torch.cat(draws)[:count]
+
+
+def _save(path: Path, module: torch.nn.Module) -> None:
+    runs.write_atomically(path, safetensors.torch.save(checkpoints.contiguous(module.state_dict())))
+
+
+def _once(modules: list[ModuleType]) -> list[ModuleType]:
+    return list(dict.fromkeys(modules))
+
+
+def _slug(rung: str) -> str:
+    return "-".join("".join(c if c.isalnum() else " " for c in rung.lower()).split())
