@@ -25,7 +25,7 @@ from vaenb.gaussians import FullGaussian, Mixture, PositionGaussian
 from vaenb.models import VAE
 from vaenb.priors import Convolutional, Prior, StandardNormal
 from vaenb.progress import Progress
-from vaenb.train import Run
+from vaenb.train import Run, one_thread
 from vaenb.two_stage import TwoStage, Vamp
 
 RUNGS: dict[str, tuple[type[Prior], dict[str, Any]]] = {
@@ -33,14 +33,15 @@ RUNGS: dict[str, tuple[type[Prior], dict[str, Any]]] = {
     "per position": (PositionGaussian, {}),
     "full Gaussian": (FullGaussian, {}),
     "VampPrior": (Vamp, {"components": 500, "batch_size": 512, "learning_rate": 0.1}),
-    "two-stage VAE": (TwoStage, {}),
+    "two-stage VAE": (TwoStage, {"epochs": 3}),
     "spline flow": (Flow, {}),
     "autoregressive": (Autoregressive, {"position_aware": True, "learning_rate": 4e-3}),
     "mixture": (Mixture, {"components": 150}),
     "flow matching": (FlowMatching, {"position_aware": True, "components": 100, "steps": 5}),
 }
 SIDE = 7  # positions of a map, along each axis, that convolutional priors work on: larger maps come in patches
-COUNT = 60_000  # latents that a prior learns from: one draw or more of each image
+COUNT = 120_000  # latents that a prior learns from: several draws of each image
+AT_A_POSITION = 8  # components of the autoregressive prior for each latent of a patch
 REFINE = 2  # sweeps of expectation maximisation after joint training
 PER_COMPONENT = 6  # latents for each entry of the mean of a component of a mixture, at least
 
@@ -70,7 +71,7 @@ class Repaired:
         """``function(self, **arguments)``, computed once and kept in the store, as ``train.Run.measure`` does."""
 
         def compute(_: Path) -> dict[str, Any]:
-            with Progress(f"{self.run.config.label}, {self.rung}: {function.__name__}", 1) as progress:
+            with Progress(f"{self.run.config.label}, {self.rung}: {function.__name__}", 1) as progress, one_thread():
                 result = function(self, **arguments)
                 progress.step()
                 progress.milestone("measured")
@@ -101,6 +102,8 @@ def build(rung: str, model: VAE, count: int = COUNT) -> Prior:
         options["components"] = max(1, min(options["components"], affordable))
     if issubclass(kind, Convolutional) and model.arm != "dense":
         options["patch"] = max(1, model.latent_shape[1] // SIDE)
+        if kind is Autoregressive:  # a component has a covariance of all latents of a patch
+            options["components"] = max(1, AT_A_POSITION // (model.latent_shape[0] * options["patch"] ** 2))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return kind(model if kind is Vamp else model.latent_shape, **options)
@@ -121,19 +124,20 @@ def repair(run: Run, rung: str, count: int = COUNT, wait: bool = True) -> Repair
     def fit(folder: Path) -> dict[str, Any]:
         started = time.perf_counter()
         prior.to("cuda" if torch.cuda.is_available() else "cpu")
-        prior.fit(_draws(run.model, run.images.train, count), seed=run.config.seed)
+        with one_thread():
+            prior.fit(_draws(run.model, run.images.train, count), seed=run.config.seed)
         _save(folder / "prior.safetensors", prior)
         parameters = sum(tensor.numel() for tensor in prior.state_dict().values())
         return {"seconds": time.perf_counter() - started, "parameters": parameters}
 
-    spec = {"run": run.folder.name, "prior": [kind.__name__, options, SIDE, PER_COMPONENT], "count": count,
+    spec = {"run": run.folder.name, "prior": [kind.__name__, options, SIDE, PER_COMPONENT, AT_A_POSITION], "count": count,
             "torch": torch.__version__}  # fmt: skip
     code = [*runs.with_imports(inspect.getmodule(kind)), dependence, models]
     entry = runs.entry(f"{run.config.label}-{_slug(rung)}", spec, _once(code), fit, wait)
     return Repaired(run, rung, count, entry)
 
 
-def tune(repaired: Repaired, epochs: int = 6, learning_rate: float = 6e-3, wait: bool = True) -> Repaired:
+def tune(repaired: Repaired, epochs: int = 8, learning_rate: float = 6e-3, wait: bool = True) -> Repaired:
     """Encoder, decoder and prior trained on together from where they are; see ``joint.train_jointly``.
 
     Args:
@@ -152,9 +156,10 @@ def tune(repaired: Repaired, epochs: int = 6, learning_rate: float = 6e-3, wait:
     def train(folder: Path) -> dict[str, Any]:
         started = time.perf_counter()
         model, prior = copy.deepcopy(run.model), copy.deepcopy(repaired.prior)
-        joint.train_jointly(model, prior, run.images.train, epochs, learning_rate, run.config.seed)
-        if isinstance(prior, Mixture):  # gradients have followed latents that moved; now they stand still
-            prior.refine(_draws(model, run.images.train, repaired.count), REFINE)
+        with one_thread():
+            joint.train_jointly(model, prior, run.images.train, epochs, learning_rate, run.config.seed)
+            if isinstance(prior, Mixture):  # gradients have followed latents that moved; now they stand still
+                prior.refine(_draws(model, run.images.train, repaired.count), REFINE)
         _save(folder / "model.safetensors", model)
         _save(folder / "prior.safetensors", prior)
         return {**repaired.cost, "seconds": time.perf_counter() - started}

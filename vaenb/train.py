@@ -75,7 +75,7 @@ class Run:
         """
 
         def compute(_: Path) -> dict[str, Any]:
-            with Progress(f"{self.config.label}: {function.__name__}", 1) as progress, _one_thread():
+            with Progress(f"{self.config.label}: {function.__name__}", 1) as progress, one_thread():
                 result = function(self.model, self.images, **arguments)
                 progress.step()
                 progress.milestone("measured")
@@ -160,7 +160,7 @@ def _train(config: Config, images: data.ImageSet, folder: Path) -> dict[str, Any
             kept = f"the checkpoint after epoch {len(history)} is kept in {folder}" if history else "no epoch was completed"
             raise TrainingDiverged(f"loss {loss:g} {when}: lower learning_rate; {kept}. {config}")
 
-    with Progress(config.label, config.epochs * steps, len(history) * steps) as progress, _one_thread():
+    with Progress(config.label, config.epochs * steps, len(history) * steps) as progress, one_thread():
         for epoch in range(len(history), config.epochs):
             draw = torch.Generator().manual_seed(1_000_003 * config.seed + epoch)  # on the CPU: the same for every device
             sums = torch.zeros(2, dtype=torch.float64, device=fabric.device)
@@ -193,7 +193,7 @@ def _train(config: Config, images: data.ImageSet, folder: Path) -> dict[str, Any
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Compute on one CPU thread (see ``fit``), and take denormal numbers for zero, which CPUs handle slowly."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from vaenb.figures.style import show_ink, side_by_side, styled
+from vaenb.figures.style import PALETTE, show_ink, side_by_side, styled
 
 MARKERS = "os^vD<>pPX*hd"
 
@@ -57,16 +57,15 @@ def neighbours(
         distances: what -> distances to the nearest training image.
         title: of the figure.
     """
-    with styled(4.0, title) as figure:
-        above, below = figure.subfigures(2, 1, height_ratios=[1.5, 2])
+    with styled(3.9, title) as figure:
+        above, below = figure.subfigures(2, 1, height_ratios=[0.9, 2.4])
         for axes, name, (pictures, images) in side_by_side(above, pairs):
             show_ink(axes, np.concatenate([pictures, images]), len(pictures), name)
         axes = below.subplots()
         edges = np.linspace(0, max(values.max() for values in distances.values()), 40)
-        for name, values in distances.items():
-            axes.hist(values, bins=edges, density=True, histtype="step", linewidth=1.8, label=name)
-        axes.set(
-            xlabel="distance to the nearest training image (root mean square over pixels)", ylabel="density", xlim=(0, None)
-        )
+        for (name, values), colour in zip(distances.items(), PALETTE, strict=False):
+            axes.hist(values, bins=edges, density=True, histtype="step", linewidth=1.8, color=colour, label=name)
+        label = "distance to the nearest training image (root mean square over pixels, white = 1)"
+        axes.set(xlabel=label, ylabel="density", xlim=(0, None))
         axes.legend(fontsize=8, loc="upper left")
     return figure
