@@ -17,7 +17,7 @@ READY := build/.venv/ready-$(shell (cat pyproject.toml constraints.txt; pwd) | c
 PY := $(or $(INTERPRETER),build/.venv/bin/python)
 RUN := $(PY) -m vaenb.execute
 
-.PHONY: help setup figures test lab lint clean refresh made
+.PHONY: help setup figures test lab bench lint clean refresh made
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -63,6 +63,10 @@ test: setup  ## unit, property and notebook tests; no network needed
 
 lab: setup  ## JupyterLab on the notebooks
 	@$(PY) -m jupyterlab --notebook-dir=notebooks
+
+bench: setup  ## our priors beside the samplers of pythae, on MNIST (an optional extra, a quarter of an hour)
+	@$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
+	@$(PY) tests/bench/samplers.py
 
 lint: setup  ## style and dead code
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check .

@@ -97,6 +97,14 @@ def test_every_plot_renders_without_a_display(folder):
         figures.loss_scaling(
             {"dense": {"s": ink}, "spatial": {"s": ink}}, {"dense": {"s": "c"}, "spatial": {"s": "c"}}, "T"
         ),
+        figures.worth(
+            {"m": {"a": ([0.0, 0.0], [300.0, 310.0]), "b": ([9.0], [20.0])}},
+            {"m": "C0"},
+            ("nats", "distance"),
+            "T",
+            {"m": 2.0},
+        ),
+        figures.neighbours({"x": (ink[:8], ink[8:16])}, {"d": generator.uniform(size=99)}, "T"),
     ]
     for index, figure in enumerate(figs):
         picture = figures.save(figure, f"f{index}", "digits", {}, alt="a")

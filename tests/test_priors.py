@@ -239,7 +239,55 @@ def test_bad_latents_are_refused_in_words():
         PositionGaussian(SHAPE).fit(torch.ones(10, *SHAPE))
     with pytest.raises(ValueError, match="none on a grid of"):
         fitted("gaussian").sample(1, grid=(3, 3))
+    with pytest.raises(ValueError, match="none on a grid of"):
+        StandardNormal((20,)).sample(1, grid=(3, 3))
+    with pytest.raises(ValueError, match="at least 0"):
+        fitted("gaussian").sample(-1)
+    with pytest.raises(ValueError, match="never vary"):
+        FullGaussian(SHAPE).fit(torch.ones(10, *SHAPE))
+    with pytest.raises(ValueError, match="needs at least 24"):
+        FlowMatching(SHAPE, hidden=8, components=8).fit(torch.randn(10, *SHAPE))
     with pytest.raises(ValueError, match="cannot be divided"):
         Autoregressive((1, 7, 7), hidden=8, patch=2)
     with pytest.raises(ValueError, match="lower its learning_rate"):
         TwoStage(SHAPE, learning_rate=1e6, hidden=8).fit(moons())
+
+
+@pytest.mark.parametrize("name", [name for name, make in FITTED.items() if name not in ("vamp",) and make().differentiable])
+def test_gradients_of_the_density_are_its_slopes(name):
+    # In z, by central differences: what joint training hands to the encoder.
+    prior = fitted(name)
+    z = moons()[:20].clone().requires_grad_()
+    (slope,) = torch.autograd.grad(prior.negative_log_prob(z).sum(), z)
+    for latent in range(2):
+        step = torch.zeros(SHAPE)
+        step.view(-1)[latent] = 1e-2
+        difference = (prior.log_prob(z.detach() - step) - prior.log_prob(z.detach() + step)) / 2e-2
+        assert torch.allclose(difference, slope[:, 0, 0, latent], atol=0.05, rtol=0.05)
+
+
+def test_a_sweep_of_expectation_maximisation_never_loses_likelihood():
+    z = moons()
+    mixture = Mixture(SHAPE, components=8, sweeps=(0, 0), ridge=0.0).fit(z)
+    likelihoods = [mixture.log_prob(z).mean().item()]
+    for _ in range(5):
+        mixture.refine(z)
+        likelihoods.append(mixture.log_prob(z).mean().item())
+    assert likelihoods == sorted(likelihoods)
+    assert likelihoods[-1] > likelihoods[0] + 0.01
+
+
+def test_flipping_the_sign_of_a_whitening_changes_no_density():
+    # Gradients may carry a diagonal entry through zero: U and −U have the same covariance.
+    mixture, z = new("mixture").fit(moons()), moons()[:100]
+    before = mixture.log_prob(z)
+    mixture.whitening.data[:4] *= -1
+    assert torch.allclose(mixture.log_prob(z), before, atol=1e-5)
+
+
+def test_moving_a_vamp_prior_leaves_the_model_where_it_is():
+    model = vae()
+    prior = Vamp(model, components=3).to(torch.float64)
+    assert next(model.parameters()).dtype == torch.float32
+    assert prior.components()[0].dtype == torch.float64
+    assert not [name for name in prior.state_dict() if "encoder" in name]  # the encoder is not part of the prior

@@ -113,3 +113,26 @@ def test_frechet_distances_in_the_readme_are_those_of_the_committed_figures():
         values = numbers[arm]["frechet"]
         low, high = interval(values)
         assert f"| {name} | {mean(values):.0f} | {low:.0f} to {high:.0f} |" in readme
+
+
+def test_numbers_of_priors_in_the_readme_are_those_of_the_committed_figures():
+    readme = (ROOT / "README.md").read_text()
+    ladder, likelihood = (
+        json.loads((ROOT / "figures" / "mnist" / f"prior_{name}.json").read_text())["numbers"]
+        for name in ("ladder", "likelihood")
+    )
+    rows = {
+        "N(0, I)": ("N(0, I)", "N(0, I)"),
+        "per position": ("a Gaussian for each position", None),
+        "full Gaussian": ("one Gaussian for all latents", None),
+        "mixture": ("mixture of 150 Gaussians", "mixture"),
+        "jointly trained": ("the mixture, trained jointly", "jointly"),
+    }
+    for rung, (name, bound) in rows.items():
+        table = ladder["statistics"][rung]
+        nll = likelihood[f"FCNN-VAE, 7×7, {bound}"]["negative_log_likelihood"] if bound else None
+        gains = None if rung == "jointly trained" else ladder["gains"][rung]
+        numbers = [gains, table["to_reconstructions"], table["frechet"]]
+        cells = ["" if values is None else f"{mean(values):.1f} ± {stdev(values):.1f}" for values in (*numbers, nll)]
+        cells.insert(3, f"{mean(table['coverage']):.2f}")
+        assert re.sub(" +", " ", f"| {name} | {' | '.join(cells)} |") in readme

@@ -74,6 +74,14 @@ class FlowMatching(Convolutional):
         nn.init.zeros_(self.last.weight)
         self.register_buffer("frequencies", math.pi * 2.0 ** torch.arange(-1, 7) / 2, persistent=False)
 
+    def least(self) -> int:
+        """As many as what it starts from."""
+        return self.start.least()
+
+    def parameter_count(self) -> int:
+        """Those of the network and of what it starts from."""
+        return super().parameter_count() - sum(p.numel() for p in self.start.parameters()) + self.start.parameter_count()
+
     def velocity(self, z: Tensor, t: Tensor) -> Tensor:
         """dz/dt at (N, C, h, w) in patches and times (N,)."""
         angles = t[:, None] * self.frequencies

@@ -19,9 +19,12 @@ class PositionGaussian(Prior):
         self.register_buffer("mean", torch.zeros(self.shape))
         self.register_buffer("scale", torch.ones(self.shape))
 
+    def parameter_count(self) -> int:
+        """Means and variances."""
+        return 2 * self.size
+
     def _fit(self, z: Tensor) -> None:
-        if not (z.std(dim=0) > 0).all():
-            raise ValueError("latents that never vary have no density: are some channels or positions constant?")
+        _check_varies(z)
         self.mean, self.scale = z.mean(dim=0), z.std(dim=0)
 
     def _sample(self, n: int, shape: Sequence[int], generator: torch.Generator) -> Tensor:
@@ -60,6 +63,10 @@ class Mixture(Prior):
         """For each component as many latents as its mean has entries, and one more."""
         return len(self.means) * (self.size + 1)
 
+    def parameter_count(self) -> int:
+        """Weights, means and symmetric covariances."""
+        return len(self.means) * (1 + self.size + self.size * (self.size + 1) // 2)
+
     def _fit(self, z: Tensor) -> None:
         flat = z.flatten(1)
         part = flat[: self.PART]
@@ -73,6 +80,7 @@ class Mixture(Prior):
 
     def refine(self, z: Tensor, sweeps: int = 1) -> None:
         """More sweeps of expectation maximisation, from where it is; z: (N, ...)."""
+        z = z.to(self.device_of.device)
         with Progress(type(self).__name__, sweeps) as progress:
             for _ in range(sweeps):
                 self._maximise(z.flatten(1), lambda chunk: self._log_joint(chunk).softmax(dim=1))
@@ -132,4 +140,10 @@ class FullGaussian(Mixture):
         super().__init__(shape, components=1, ridge=1e-6)
 
     def _fit(self, z: Tensor) -> None:
+        _check_varies(z)
         self._maximise(z.flatten(1), lambda part: part.new_ones(len(part), 1))
+
+
+def _check_varies(z: Tensor) -> None:
+    if not (z.std(dim=0) > 0).all():
+        raise ValueError("latents that never vary have no density: are some channels or positions constant?")

@@ -7,9 +7,11 @@ import copy
 import functools
 import inspect
 import math
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -32,18 +34,21 @@ RUNGS: dict[str, tuple[type[Prior], dict[str, Any]]] = {
     "N(0, I)": (StandardNormal, {}),
     "per position": (PositionGaussian, {}),
     "full Gaussian": (FullGaussian, {}),
-    "VampPrior": (Vamp, {"components": 500, "batch_size": 512, "learning_rate": 0.1}),
-    "two-stage VAE": (TwoStage, {"epochs": 3}),
-    "spline flow": (Flow, {}),
+    "VampPrior": (Vamp, {"components": 500, "epochs": 3, "batch_size": 512, "learning_rate": 0.1}),
+    "two-stage VAE": (TwoStage, {"epochs": 6}),
+    "spline flow": (Flow, {"epochs": 2}),
     "autoregressive": (Autoregressive, {"position_aware": True, "learning_rate": 4e-3}),
     "mixture": (Mixture, {"components": 150}),
     "flow matching": (FlowMatching, {"position_aware": True, "components": 100, "steps": 5}),
 }
 SIDE = 7  # positions of a map, along each axis, that convolutional priors work on: larger maps come in patches
 COUNT = 120_000  # latents that a prior learns from: several draws of each image
-AT_A_POSITION = 8  # components of the autoregressive prior for each latent of a patch
+AT_A_POSITION = 8  # components of the autoregressive prior where a patch is one latent; fewer where it is more
 REFINE = 2  # sweeps of expectation maximisation after joint training
 PER_COMPONENT = 6  # latents for each entry of the mean of a component of a mixture, at least
+
+
+VERSIONS = {name: version(name) for name in ("torch", "zuko", "scikit-learn")}  # that a fit depends on
 
 
 @dataclass(frozen=True)
@@ -122,17 +127,16 @@ def repair(run: Run, rung: str, count: int = COUNT, wait: bool = True) -> Repair
     kind, options = RUNGS[rung]
 
     def fit(folder: Path) -> dict[str, Any]:
-        started = time.perf_counter()
         prior.to("cuda" if torch.cuda.is_available() else "cpu")
         with one_thread():
-            prior.fit(_draws(run.model, run.images.train, count), seed=run.config.seed)
+            z = _draws(run.model, run.images.train, count)
+            started = time.perf_counter()
+            prior.fit(z, seed=run.config.seed)
         _save(folder / "prior.safetensors", prior)
-        parameters = sum(tensor.numel() for tensor in prior.state_dict().values())
-        return {"seconds": time.perf_counter() - started, "parameters": parameters}
+        return {"seconds": time.perf_counter() - started, "parameters": prior.parameter_count()}
 
-    spec = {"run": run.folder.name, "prior": [kind.__name__, options, SIDE, PER_COMPONENT, AT_A_POSITION], "count": count,
-            "torch": torch.__version__}  # fmt: skip
-    code = [*runs.with_imports(inspect.getmodule(kind)), dependence, models]
+    spec = {"run": run.folder.name, "prior": [kind.__name__, options], "count": count, **VERSIONS}
+    code = [*runs.with_imports(inspect.getmodule(kind)), dependence, models, sys.modules[__name__]]
     entry = runs.entry(f"{run.config.label}-{_slug(rung)}", spec, _once(code), fit, wait)
     return Repaired(run, rung, count, entry)
 
@@ -164,8 +168,8 @@ def tune(repaired: Repaired, epochs: int = 8, learning_rate: float = 6e-3, wait:
         _save(folder / "prior.safetensors", prior)
         return {**repaired.cost, "seconds": time.perf_counter() - started}
 
-    spec = {"prior": repaired.folder.name, "epochs": epochs, "learning_rate": learning_rate, "torch": torch.__version__}
-    code = [*runs.with_imports(inspect.getmodule(RUNGS[repaired.rung][0])), *runs.with_imports(joint), checkpoints]
+    spec = {"prior": repaired.folder.name, "epochs": epochs, "learning_rate": learning_rate, **VERSIONS}
+    code = [*runs.with_imports(inspect.getmodule(RUNGS[repaired.rung][0])), *runs.with_imports(joint), sys.modules[__name__]]
     entry = runs.entry(f"{run.config.label}-{_slug(repaired.rung)}-jointly", spec, _once(code), train, wait)
     return Repaired(Run(run.config, entry), repaired.rung, repaired.count, entry)
 

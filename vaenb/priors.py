@@ -63,6 +63,10 @@ class Prior(nn.Module):
         """How many latents ``fit`` needs at least."""
         return 2
 
+    def parameter_count(self) -> int:
+        """How many numbers a fit decides on."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
     @torch.no_grad()
     def sample(self, n: int, grid: tuple[int, int] | None = None, seed: int = 0) -> Tensor:
         """``n`` draws, (n, *shape), or (n, C, *grid).
@@ -73,9 +77,11 @@ class Prior(nn.Module):
             seed: random numbers are drawn on the CPU, so that they are the same on every device.
 
         Raises:
-            ValueError: another grid, of a prior that has only one.
+            ValueError: another grid, of a prior that has only one or of a vector; or a negative number.
         """
-        if grid is not None and not self.any_grid and tuple(grid) != self.shape[1:]:
+        if n < 0:
+            raise ValueError(f"{n} samples: expected a number of at least 0")
+        if grid is not None and tuple(grid) != self.shape[1:] and not (self.any_grid and len(self.shape) == 3):
             raise ValueError(f"{type(self).__name__} has latents of {self.shape} only and none on a grid of {tuple(grid)}")
         shape = self.shape if grid is None else (self.shape[0], *grid)
         generator = torch.Generator().manual_seed(seed)
@@ -120,6 +126,7 @@ class StandardNormal(Prior):
     """N(0, I): the prior that the VAE was trained with."""
 
     any_grid = True
+    differentiable = True
 
     def _fit(self, z: Tensor) -> None:
         pass

@@ -4,8 +4,9 @@ The VampPrior (Tomczak & Welling 2018) was proposed for joint training; here enc
 its nats compare with those of the other priors.
 """
 
+import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,11 @@ class Vamp(Learned):
         self._model = (model,)  # in a tuple, so that its weights do not become part of the prior
         self.pseudo_inputs = nn.Parameter(torch.zeros(components, *model.image_shape))  # logits of grey values
         self.log_weights = nn.Parameter(torch.zeros(components))
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> "Vamp":
+        model = copy.deepcopy(self._model[0])  # others use the original, where it is
+        self._model = (model._apply(fn),)
+        return super()._apply(fn, recurse)
 
     def least(self) -> int:
         """One latent to start each pseudo-input from."""

@@ -16,7 +16,7 @@ def worth(
     colours: Mapping[str, Any],
     labels: tuple[str, str],
     title: str,
-    floor: float,
+    floors: Mapping[str, float],
 ) -> Figure:
     """Nats gained against sample quality: a marker for each prior, a colour for each model, joined in the order of nats.
 
@@ -25,7 +25,7 @@ def worth(
         colours: model -> colour.
         labels: of the two axes, with units.
         title: of the figure.
-        floor: of the vertical axis: what no prior can do better than.
+        floors: model -> where reconstructions of other images are on the vertical axis.
     """
     with styled(4.4, title) as figure:
         axes = figure.subplots()
@@ -39,9 +39,9 @@ def worth(
             axes.plot([], [], "-", color=colours[model], linewidth=4, label=model)
         for name in names:
             axes.plot([], [], markers[name], color="0.4", label=name)
-        axes.axhline(floor, color="0.3", linestyle=":", linewidth=1.2)
-        axes.annotate("reconstructions of other images", (0.995, floor), xycoords=("axes fraction", "data"), ha="right",
-                      xytext=(0, 3), textcoords="offset points", fontsize=8, color="0.3")  # fmt: skip
+        for model, floor in floors.items():
+            axes.axhline(floor, color=colours[model], linestyle=":", linewidth=1.3)
+        axes.plot([], [], ":", color="0.4", label="reconstructions\nof other images")
         axes.set(xlabel=labels[0], ylabel=labels[1], yscale="log")
         axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
     return figure

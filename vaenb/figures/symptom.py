@@ -22,8 +22,10 @@ def gallery(pictures: Mapping[str, np.ndarray], columns: int, title: str) -> Fig
     return figure
 
 
-def seed_points(panels: Mapping[str, Mapping[str, Sequence[float]]], colours: Mapping[str, Any], title: str) -> Figure:
-    """One panel per quantity in nats, one row per arm: a point per seed, the mean as a bar, its value in print."""
+def seed_points(
+    panels: Mapping[str, Mapping[str, Sequence[float]]], colours: Mapping[str, Any], title: str, unit: str = "nats per image"
+) -> Figure:
+    """One panel per quantity, one row per arm: a point per seed, the mean as a bar, its value in print."""
     with styled(1.2 + 0.42 * len(next(iter(panels.values()))), title) as figure:
         for index, (axes, quantity, rows) in enumerate(side_by_side(figure, panels)):
             for position, (row, values) in enumerate(rows.items()):
@@ -32,7 +34,7 @@ def seed_points(panels: Mapping[str, Mapping[str, Sequence[float]]], colours: Ma
                 axes.annotate(
                     f"{np.mean(values):.1f}", (np.mean(values), position - 0.32), ha="center", va="bottom", fontsize=8.5
                 )
-            axes.set(ylim=(len(rows) - 0.5, -0.75), xlabel="nats per image", title=quantity)
+            axes.set(ylim=(len(rows) - 0.5, -0.75), xlabel=unit, title=quantity)
             axes.set_yticks(range(len(rows)), list(rows) if index == 0 else [""] * len(rows))
             axes.margins(x=0.18)
             axes.grid(axis="y", visible=False)
