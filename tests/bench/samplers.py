@@ -138,7 +138,7 @@ def benchmark(epochs: int, sampler_epochs: int, count: int) -> list[dict[str, An
         fit: float,
         draw: Callable[[], Tensor],
         nats: float | None = None,
-        vae_seconds: float = training,
+        vae: float = training,
     ) -> None:
         started = time.perf_counter()
         pictures = draw()
