@@ -3,3 +3,4 @@
 import os
 
 os.environ["VAENB_PROGRESS"] = "off"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # kernels side by side, each on a core, as under make figures

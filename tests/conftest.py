@@ -3,6 +3,7 @@ import os
 import pytest
 
 os.environ["VAENB_PROGRESS"] = "off"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers side by side, each on a core: two threads each would only wait
 
 
 @pytest.fixture(autouse=True)
