@@ -129,7 +129,7 @@ def repair(run: Run, rung: str, count: int = COUNT, wait: bool = True) -> Repair
     def fit(folder: Path) -> dict[str, Any]:
         prior.to("cuda" if torch.cuda.is_available() else "cpu")
         with one_thread():
-            z = _draws(run.model, run.images.train, count)
+            z = _kept_draws(run, count)
             started = time.perf_counter()
             prior.fit(z, seed=run.config.seed)
         _save(folder / "prior.safetensors", prior)
@@ -141,7 +141,7 @@ def repair(run: Run, rung: str, count: int = COUNT, wait: bool = True) -> Repair
     return Repaired(run, rung, count, entry)
 
 
-def tune(repaired: Repaired, epochs: int = 8, learning_rate: float = 6e-3, wait: bool = True) -> Repaired:
+def tune(repaired: Repaired, epochs: int = 4, learning_rate: float = 1e-2, wait: bool = True) -> Repaired:
     """Encoder, decoder and prior trained on together from where they are; see ``joint.train_jointly``.
 
     Args:
@@ -172,6 +172,11 @@ def tune(repaired: Repaired, epochs: int = 8, learning_rate: float = 6e-3, wait:
     code = [*runs.with_imports(inspect.getmodule(RUNGS[repaired.rung][0])), *runs.with_imports(joint), sys.modules[__name__]]
     entry = runs.entry(f"{run.config.label}-{_slug(repaired.rung)}-jointly", spec, _once(code), train, wait)
     return Repaired(Run(run.config, entry), repaired.rung, repaired.count, entry)
+
+
+@functools.lru_cache(maxsize=3)  # the rungs of a ladder, one after the other, want those of the same few runs
+def _kept_draws(run: Run, count: int) -> Tensor:
+    return _draws(run.model, run.images.train, count)
 
 
 def _draws(model: VAE, images: Tensor, count: int) -> Tensor:
