@@ -210,8 +210,11 @@ def test_shipped_parameters_fit_every_notebook(path, notebook):
     ("notebook", "overrides"),
     [(name, {}) for name in NOTEBOOKS] + [("02_latent_maps", {"latent_size": size}) for size in (14, 28)],
 )
-def test_every_notebook_runs_with_tiny_parameters(notebook, overrides, tmp_path, monkeypatch):
+def test_every_notebook_runs_with_tiny_parameters(notebook, overrides, tmp_path, tmp_path_factory, monkeypatch):
     monkeypatch.setattr(execute, "ROOT", tmp_path)  # figures go there
+    base = tmp_path_factory.getbasetemp()  # of a worker, inside that of all
+    store = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "store"
+    monkeypatch.setenv("VAENB_BUILD", str(store))  # one for all notebooks, as with make: what one has trained another finds
     (tmp_path / "constraints.txt").touch()
     tiny = {"dataset": "digits", "epochs": 1, "seeds": 2}
     tiny |= {

@@ -225,7 +225,7 @@ def test_fit_all_leaves_to_others_what_they_are_busy_with_and_collects_it_in_the
 
 def test_a_batch_in_parts_trains_as_the_whole_batch_does(monkeypatch):
     whole = fit(dataclasses.replace(TINY, arm="spatial", latents=None)).history
-    monkeypatch.setattr(models.VAE, "at_once", lambda self: 24)  # 64 = 24 + 24 + 16
+    monkeypatch.setattr(models.VAE, "at_once", lambda self, batch_size: 24)  # 64 = 24 + 24 + 16
     monkeypatch.setenv("VAENB_BUILD", str(runs.build_folder().with_name("another")))
     parts = fit(dataclasses.replace(TINY, arm="spatial", latents=None)).history
     assert whole != parts  # sums in another order

@@ -152,7 +152,7 @@ def _train(config: Config, images: data.ImageSet, folder: Path) -> dict[str, Any
     wrapped, optimiser = fabric.setup(model, adam)
     train = images.train.to(fabric.device)
     steps = math.ceil(len(train) / config.batch_size)
-    at_once = config.batch_size if fabric.device.type == "cuda" else model.at_once()
+    at_once = config.batch_size if fabric.device.type == "cuda" else model.at_once(config.batch_size)
     history = checkpoints.restore(folder, model, optimiser)
     limit = EXPLODED * loss_of(config, torch.zeros(1), torch.full((1,), pixels * math.log(2)), latents, pixels).item()
 
