@@ -205,6 +205,11 @@ def test_measurements_are_kept_and_depend_on_their_arguments(monkeypatch):
         run.measure(likelihood.elbo, split="train")
 
 
+def test_the_bound_of_a_run_is_that_of_its_model():
+    run = fit(TINY)
+    assert run.bound == pytest.approx(likelihood.elbo(run.model, run.images), rel=1e-12)
+
+
 def test_fit_all_leaves_to_others_what_they_are_busy_with_and_collects_it_in_the_end(build):
     configs = [dataclasses.replace(TINY, epochs=1, seed=seed) for seed in range(2)]
     name = fit(configs[0]).folder.name
@@ -221,13 +226,3 @@ def test_fit_all_leaves_to_others_what_they_are_busy_with_and_collects_it_in_the
         (build / "parked").rename(build / "runs" / name)
     thread.join(timeout=120)
     assert [run.config for run in result] == configs
-
-
-def test_a_batch_in_parts_trains_as_the_whole_batch_does(monkeypatch):
-    whole = fit(dataclasses.replace(TINY, arm="spatial", latents=None)).history
-    monkeypatch.setattr(models.VAE, "at_once", lambda self, batch_size: 24)  # 64 = 24 + 24 + 16
-    monkeypatch.setenv("VAENB_BUILD", str(runs.build_folder().with_name("another")))
-    parts = fit(dataclasses.replace(TINY, arm="spatial", latents=None)).history
-    assert whole != parts  # sums in another order
-    for column in HISTORY:
-        assert parts[column] == pytest.approx(whole[column], rel=1e-4)

@@ -171,8 +171,6 @@ def _papermill(source: Path, copy: Path, parameters: dict[str, Any], staging: Pa
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(SOURCE), os.environ.get("PYTHONPATH")]))
     for pool in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):  # notebooks run side by side, each on a core of its own;
         os.environ.setdefault(pool, "1")  # threads that wait for each other on a busy core are far slower than one
-    for threshold in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):  # of glibc: keep what a step has freed for the
-        os.environ.setdefault(threshold, str(2**32))  # next one, rather than ask the system for cleared memory again
     os.environ.setdefault("VAENB_PROGRESS", "bar" if sys.stderr.isatty() else "plain")
     try:
         papermill.execute_notebook(

@@ -24,7 +24,7 @@ class Flow(Learned):
 
     def __init__(self, shape: Sequence[int], transforms: int = 2, hidden: int = 256, **training: float):
         super().__init__(shape, **training)
-        self.flow = zuko.flows.NSF(self.size, transforms=transforms, hidden_features=(hidden, hidden), bins=8)
+        self.flow = zuko.flows.NSF(self.size, transforms=transforms, hidden_features=(hidden, hidden), bins=4)
 
     def _sample(self, n: int, shape: Sequence[int], generator: torch.Generator) -> Tensor:
         return self.flow().transform.inv(self._noise((n, self.size), generator)).view(n, *shape)

@@ -42,7 +42,7 @@ RUNGS: dict[str, tuple[type[Prior], dict[str, Any]]] = {
     "flow matching": (FlowMatching, {"position_aware": True, "components": 100, "steps": 5}),
 }
 SIDE = 7  # positions of a map, along each axis, that convolutional priors work on: larger maps come in patches
-COUNT = 120_000  # latents that a prior learns from: several draws of each image
+COUNT = 90_000  # latents that a prior learns from: several draws of each image
 AT_A_POSITION = 8  # components of the autoregressive prior where a patch is one latent; fewer where it is more
 REFINE = 2  # sweeps of expectation maximisation after joint training
 PER_COMPONENT = 6  # latents for each entry of the mean of a component of a mixture, at least
@@ -141,7 +141,7 @@ def repair(run: Run, rung: str, count: int = COUNT, wait: bool = True) -> Repair
     return Repaired(run, rung, count, entry)
 
 
-def tune(repaired: Repaired, epochs: int = 4, learning_rate: float = 1e-2, wait: bool = True) -> Repaired:
+def tune(repaired: Repaired, epochs: int = 3, learning_rate: float = 1.5e-2, wait: bool = True) -> Repaired:
     """Encoder, decoder and prior trained on together from where they are; see ``joint.train_jointly``.
 
     Args:

@@ -57,7 +57,7 @@ def negative_log_likelihood(weights: Tensor) -> Tensor:
     return math.log(len(weights)) - torch.logsumexp(weights, dim=0)
 
 
-def bounds(model: VAE, images: ImageSet, k: int = 100, subset: int = 1000, prior: Prior | None = None) -> dict[str, Any]:
+def bounds(model: VAE, images: ImageSet, k: int = 100, subset: int = 500, prior: Prior | None = None) -> dict[str, Any]:
     """Test-set means in nats per image: ``rate``, ``distortion``, ``negative_elbo`` and ``negative_log_likelihood``.
 
     The importance-weighted bound takes k draws, so the slack −ELBO − bound is measured on a random ``subset`` of the test

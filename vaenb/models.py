@@ -21,7 +21,6 @@ ARMS = ("spatial", "dense", "mixed")
 STRIDES = (1, 2, 4)
 PADDINGS = ("zeros", "circular")
 BATCH = 125  # images through a model at once when nothing is trained: what fits into a cache is faster
-CACHE = 2**19  # numbers in the largest activation of the images that are trained on at once, for the same reason
 
 
 class ImageSizeError(ValueError):
@@ -149,13 +148,6 @@ class VAE(nn.Module):
             more = 2 * len(where)
             self.to_latent = nn.Sequential(*where, nn.Conv2d(inner + more, 2 * latent_channels, **same), *across[0])
             self.from_latent = nn.Sequential(*across[1], *where, nn.Conv2d(latent_channels + more, inner, **same))
-
-    def at_once(self, batch_size: int) -> int:
-        """How many images of a batch to train on at a time, all parts alike: of more, activations would not fit a cache."""
-        area = math.prod(self.image_shape[1:])
-        outer, inner = self.hidden
-        largest = max(outer * area // (4 if self.stride == 4 else 1), inner * area // self.stride**2)
-        return math.ceil(batch_size / math.ceil(batch_size / max(8, CACHE // largest)))
 
     def grid(self, size: tuple[int, int]) -> tuple[int, int]:
         """Height and width of the map of an image of this size, rounded up to whole positions.

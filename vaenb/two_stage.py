@@ -68,7 +68,7 @@ class TwoStage(Learned):
     ``log_prob`` is the importance-weighted bound: a lower bound in expectation (Burda et al. 2016).
     """
 
-    DRAWS = 50  # of the bound
+    DRAWS = 25  # of the bound
 
     def __init__(self, shape: Sequence[int], hidden: int = 512, **training: float):
         super().__init__(shape, **training)

@@ -199,7 +199,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--epochs", type=int, default=4, help="of the VAEs (default: 4)")
     parser.add_argument("--sampler-epochs", type=int, default=10, help="of pythae's flows and second VAE (default: 10)")
-    parser.add_argument("--count", type=int, default=120_000, help="latents for our priors (default: 120,000)")
+    parser.add_argument("--count", type=int, default=90_000, help="latents for our priors (default: 90,000)")
     options = parser.parse_args()
     logging.disable(logging.INFO)
     rows = benchmark(options.epochs, options.sampler_epochs, options.count)
