@@ -12,7 +12,7 @@ import torch
 
 from vaenb import data, likelihood, models, runs
 from vaenb.config import Config, ConfigError, effective_beta, loss_of
-from vaenb.train import TrainingDiverged, fit, fit_all, schedule
+from vaenb.train import HISTORY, TrainingDiverged, fit, fit_all, schedule
 
 TINY = Config("digits", "dense", latents=8, epochs=2)
 # a process of its own, as a notebook is
@@ -121,9 +121,9 @@ def test_divergence_stops_with_step_and_config_and_keeps_the_checkpoint(monkeypa
         fit(dataclasses.replace(TINY, learning_rate=1e30))
     config, real, calls = dataclasses.replace(TINY, seed=3), models.VAE.forward, iter(range(1000))
 
-    def poisoned(self, x, noise):  # NaN in the second epoch; the first has 25 steps and an evaluation
+    def poisoned(self, x, noise):  # NaN in the second epoch; the first has 25 steps and an evaluation in two parts
         rate, distortion = real(self, x, noise)
-        return rate, distortion * (float("nan") if next(calls) == 30 else 1)
+        return rate, distortion * (float("nan") if next(calls) == 31 else 1)
 
     monkeypatch.setattr(models.VAE, "forward", poisoned)
     with pytest.raises(TrainingDiverged, match=r"loss nan at step 5 of epoch 2: .*checkpoint after epoch 1 is kept in"):
@@ -221,3 +221,13 @@ def test_fit_all_leaves_to_others_what_they_are_busy_with_and_collects_it_in_the
         (build / "parked").rename(build / "runs" / name)
     thread.join(timeout=120)
     assert [run.config for run in result] == configs
+
+
+def test_a_batch_in_parts_trains_as_the_whole_batch_does(monkeypatch):
+    whole = fit(dataclasses.replace(TINY, arm="spatial", latents=None)).history
+    monkeypatch.setattr(models.VAE, "at_once", lambda self: 24)  # 64 = 24 + 24 + 16
+    monkeypatch.setenv("VAENB_BUILD", str(runs.build_folder().with_name("another")))
+    parts = fit(dataclasses.replace(TINY, arm="spatial", latents=None)).history
+    assert whole != parts  # sums in another order
+    for column in HISTORY:
+        assert parts[column] == pytest.approx(whole[column], rel=1e-4)

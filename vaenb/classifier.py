@@ -76,11 +76,11 @@ def classifier(dataset: str) -> Classifier:
     folder = runs.entry(f"classifier-{dataset}", spec, code, lambda folder: _train(images, folder))
     network = _untrained(images)
     network.load_state_dict(safetensors.torch.load_file(folder / "classifier.safetensors"))
-    return network.eval().requires_grad_(False)
+    return network.to(memory_format=torch.channels_last).eval().requires_grad_(False)  # CPUs are faster in this layout
 
 
 @torch.no_grad()
-def extract(network: Classifier, images: Tensor, batch: int = 500) -> tuple[np.ndarray, np.ndarray]:
+def extract(network: Classifier, images: Tensor, batch: int = 125) -> tuple[np.ndarray, np.ndarray]:
     """Features and class probabilities of images.
 
     Args:
@@ -102,7 +102,8 @@ def extract(network: Classifier, images: Tensor, batch: int = 500) -> tuple[np.n
     elif not (images.is_floating_point() and images.min() >= 0 and images.max() <= 1):  # also true of NaN
         low, high = images.min().item(), images.max().item()
         raise ValueError(f"{images.dtype} images from {low:g} to {high:g}: expected uint8, or floats in [0, 1]")
-    features = torch.cat([network.features(part.float()) for part in images.cpu().split(batch)])
+    parts = (part.float().contiguous(memory_format=torch.channels_last) for part in images.cpu().split(batch))
+    features = torch.cat([network.features(part) for part in parts])
     return features.double().numpy(), network.head(features).double().softmax(dim=1).numpy()
 
 

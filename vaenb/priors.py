@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vaenb.progress import Progress
 
-BATCH = 1000  # latents through a prior at once: bounds the memory
+BATCH = 500  # latents through a prior at once: what fits into a cache is faster
 
 
 class Prior(nn.Module):

@@ -6,6 +6,7 @@ in, numbers out. None of them means much alone: put beside it what the same stat
 Two samples are taken to be independent. Reconstructions *of the reference pictures* are closer to them than that.
 """
 
+import functools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +15,6 @@ import numpy as np
 import torch
 from scipy import ndimage, stats
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.metrics.pairwise import euclidean_distances
 from sklearn.neighbors import NearestNeighbors
 from sklearn.neural_network import MLPClassifier
 from sklearn.pipeline import make_pipeline
@@ -148,14 +148,23 @@ def density_coverage(reference: np.ndarray, samples: np.ndarray, k: int = 5) -> 
             f"k={k}: choose 1 to {len(reference) - 1} neighbours for {len(reference)} reference images, "
             f"and give at least one sample (there are {len(samples)})"
         )
-    radii = NearestNeighbors(n_neighbors=k, algorithm="brute").fit(reference).kneighbors()[0][:, -1]
+    # |r − s|² < radius², without the root and with |r|² on the other side; in parts, which bounds the memory
+    limits = np.square(_radii(reference.tobytes(), reference.shape[1], k)) - np.square(reference).sum(axis=1)
+    doubled, squares = 2 * samples.T, np.square(samples).sum(axis=1)
     inside = np.concatenate(
         [
-            (euclidean_distances(reference[i : i + BATCH], samples) < radii[i : i + BATCH, None]).sum(axis=1)
-            for i in range(0, len(reference), BATCH)  # bounds the memory
+            (squares - reference[i : i + BATCH] @ doubled < limits[i : i + BATCH, None]).sum(axis=1)
+            for i in range(0, len(reference), BATCH)
         ]
     )
     return float(inside.sum() / (k * len(samples))), float((inside > 0).mean())
+
+
+@functools.lru_cache(maxsize=2)  # the same reference serves for many sets of samples
+def _radii(reference: bytes, features: int, k: int) -> np.ndarray:
+    """Distance of each row of a float64 array, (N, features), to its ``k``-th nearest neighbour among the others."""
+    rows = np.frombuffer(reference).reshape(-1, features)
+    return NearestNeighbors(n_neighbors=k, algorithm="brute").fit(rows).kneighbors()[0][:, -1]
 
 
 def two_sample_test(a: np.ndarray, b: np.ndarray, seed: int = 0) -> tuple[float, float]:

@@ -152,6 +152,7 @@ def _train(config: Config, images: data.ImageSet, folder: Path) -> dict[str, Any
     wrapped, optimiser = fabric.setup(model, adam)
     train = images.train.to(fabric.device)
     steps = math.ceil(len(train) / config.batch_size)
+    at_once = config.batch_size if fabric.device.type == "cuda" else model.at_once()
     history = checkpoints.restore(folder, model, optimiser)
     limit = EXPLODED * loss_of(config, torch.zeros(1), torch.full((1,), entries * math.log(2)), latents, entries).item()
 
@@ -169,13 +170,16 @@ def _train(config: Config, images: data.ImageSet, folder: Path) -> dict[str, Any
                 noise = torch.randn(len(batch), *model.latent_shape, generator=draw).to(fabric.device)
                 for group in optimiser.param_groups:
                     group["lr"] = config.learning_rate * schedule((epoch * steps + step) / (config.epochs * steps))
-                rate, distortion = wrapped(model.observed(train[batch.to(fabric.device)], uniform), noise)
-                loss = loss_of(config, rate, distortion, latents, entries)
-                stop_if_diverged(loss.item(), f"at step {step + 1} of epoch {epoch + 1}")
+                x, total = model.observed(train[batch.to(fabric.device)], uniform), 0.0
                 optimiser.zero_grad()
-                fabric.backward(loss)
+                for images_now, noise_now in zip(x.split(at_once), noise.split(at_once), strict=True):
+                    rate, distortion = wrapped(images_now, noise_now)
+                    loss = loss_of(config, rate, distortion, latents, entries) * (len(rate) / len(batch))
+                    fabric.backward(loss)
+                    total += loss.item()
+                    sums += torch.stack([rate.detach().sum(), distortion.detach().sum()])
+                stop_if_diverged(total, f"at step {step + 1} of epoch {epoch + 1}")
                 optimiser.step()
-                sums += torch.stack([rate.detach().sum(), distortion.detach().sum()])
                 progress.step()
             rate, distortion = (terms.double().mean() for terms in models.evaluate(model, images.test))
             stop_if_diverged(

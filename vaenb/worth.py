@@ -86,7 +86,7 @@ def against(run: Run, z: Tensor) -> dict[str, float]:
     }
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=4)  # a rung is measured for a few seeds, then the next one for the same
 def _reconstructed(run: Run) -> np.ndarray:
     """Features of reconstructions of the reference images, one draw each."""
     z = dependence.aggregate(run.model, halves(run.images)[1], HELD_OUT + 1)
