@@ -20,10 +20,14 @@ def test_tile_by_tile_equals_all_at_once(stride, kernel_size, size):
     model = model_of(stride, kernel_size)
     image = torch.randint(256, (3, *size), dtype=torch.uint8)
     z = model.encode(image[None].double() / 255).mean[0]
-    encode = [canvas.encode_rows(model.float(), image, range(y, min(y + 3, z.shape[1])), tile=5) for y in range(0, z.shape[1], 3)]
+    encode = [
+        canvas.encode_rows(model.float(), image, range(y, min(y + 3, z.shape[1])), tile=5) for y in range(0, z.shape[1], 3)
+    ]
     torch.testing.assert_close(torch.cat(encode, dim=1), z.float(), atol=1e-5, rtol=0)
     whole = model.decode(z[None].float(), size).mean[0]
-    torch.testing.assert_close(torch.cat(list(canvas.render(model, z.float(), size, tile=3)), dim=1), whole, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        torch.cat(list(canvas.render(model, z.float(), size, tile=3)), dim=1), whole, atol=1e-5, rtol=0
+    )
     torch.testing.assert_close(torch.cat(list(canvas.reconstruct(model, image, tile=4)), dim=1), whole, atol=1e-5, rtol=0)
 
 
@@ -70,7 +74,7 @@ def test_flow_matching_on_a_large_grid_equals_all_at_once(monkeypatch):
     ],
 )
 def test_models_that_cannot_be_cut_into_tiles(model, error):
-    with pytest.raises(error, match="spatial arm|opposite borders"):
+    with pytest.raises(error, match=r"spatial arm|opposite borders"):
         canvas.halos(model())
 
 

@@ -74,9 +74,9 @@ def test_without_eurosat_the_embedded_photographs_serve_loudly(tmp_path, monkeyp
 def test_the_embedded_photographs_keep_test_crops_apart():
     images = data.load("photos")
     assert images.image_shape == (3, 64, 64)
-    assert len(images.train) == 1600
-    assert len(images.test) == 400
-    assert torch.bincount(images.train_labels).tolist() == [800, 800]
+    assert len(images.train) == 800
+    assert len(images.test) == 200
+    assert torch.bincount(images.train_labels).tolist() == [400, 400]
     from sklearn.datasets import load_sample_images
 
     for label, photograph in enumerate(load_sample_images().images):

@@ -16,7 +16,13 @@ def test_any_kind_of_file_is_read_as_rgb(tmp_path):
     Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "deep.png")
     Image.fromarray(rgb).convert("P", palette=Image.Palette.ADAPTIVE).save(tmp_path / "palette.gif")
     repeated = np.repeat(grey[..., None], 3, axis=2)
-    for name, expected in {"rgb.png": rgb, "grey.png": repeated, "deep.png": repeated, "rgb.tiff": rgb, "rgb.bmp": rgb}.items():
+    for name, expected in {
+        "rgb.png": rgb,
+        "grey.png": repeated,
+        "deep.png": repeated,
+        "rgb.tiff": rgb,
+        "rgb.bmp": rgb,
+    }.items():
         np.testing.assert_array_equal(pictures.read(tmp_path / name), expected, err_msg=name)
     composed = rgb.copy()
     composed[0, 0] = 0

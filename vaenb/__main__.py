@@ -78,12 +78,16 @@ def info(options: argparse.Namespace) -> None:
         halos, parameters = canvas.halos(loaded.model), sum(p.numel() for p in loaded.model.parameters())
         print(f"trained on {loaded.about['data']}\n{loaded.about['config']}")
         print(f"{parameters:,} parameters; prior: {loaded.about['rung']}, {loaded.prior.parameter_count():,} parameters")
-        print(f"a latent position for every {loaded.model.stride}×{loaded.model.stride} pixels; tiles overlap by {halos[0]} of "
-              f"them to encode and by {halos[1]} to decode")
+        print(
+            f"a latent position for every {loaded.model.stride}×{loaded.model.stride} pixels; tiles overlap by {halos[0]} "
+            f"of them to encode and by {halos[1]} to decode"
+        )
     else:
         images = data.load(options.what)
-        print(f"{images.title}: {len(images.train):,} training and {len(images.test):,} test images of {images.image_shape}, "
-              f"fingerprint {images.fingerprint}")
+        print(
+            f"{images.title}: {len(images.train):,} training and {len(images.test):,} test images of {images.image_shape}, "
+            f"fingerprint {images.fingerprint}"
+        )
 
 
 def _files(paths: Iterable[Path]) -> Iterable[Path]:
@@ -109,7 +113,9 @@ def _count(text: str) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m vaenb", description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m vaenb", description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     command = commands.add_parser("train", help=train.__doc__, description=train.__doc__)
@@ -130,7 +136,9 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("sample", help=sample.__doc__, description=sample.__doc__)
     command.add_argument("model", type=Path, metavar="MODEL", help="folder that train wrote")
-    command.add_argument("--size", type=_size, default=(SIDE, SIDE), metavar="HxW", help=f"in pixels (default: {SIDE}x{SIDE})")
+    command.add_argument(
+        "--size", type=_size, default=(SIDE, SIDE), metavar="HxW", help=f"in pixels (default: {SIDE}x{SIDE})"
+    )
     command.add_argument("--count", type=_count, default=1, help="how many; more than one are numbered")
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--out", type=Path, required=True, help="the picture, ending in .png")

@@ -7,12 +7,11 @@ ends at the border of the canvas it has no halo, and is padded as the canvas is.
 Images are (C, H, W); maps of latents (C, h, w), with a position for every ``model.stride`` pixels along each axis.
 """
 
-import math
 from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vaenb.models import VAE
 from vaenb.receptive import GlobalLayerError, field_of
@@ -103,10 +102,8 @@ def reconstruct(model: VAE, image: Tensor, tile: int = TILE) -> Iterator[Tensor]
         image: uint8, (C, H, W), of any size from the stride on.
         tile: as in ``encode_rows``.
     """
-    height, width = model.grid(image.shape[1:])
-    halo = halos(model)[1]
-    done = 0
-    for rows, above, below in _pieces(height, tile, halo):
+    halo, done = halos(model)[1], 0
+    for rows, above, below in _pieces(model.grid(image.shape[1:])[0], tile, halo):
         z = encode_rows(model, image, range(above, below), tile)
         band = decode_rows(model, z, range(rows.start - above, rows.stop - above), tile)
         band = band[:, : image.shape[1] - done, : image.shape[2]]

@@ -79,7 +79,9 @@ class Config:
                 raise ConfigError(f"{name}={value!r}: expected a whole number of at least 1")
         object.__setattr__(self, "hidden", tuple(self.hidden))  # a list, if it comes from a parameter file
         if len(self.hidden) != 2 or not all(isinstance(width, int) and width > 0 for width in self.hidden):
-            raise ConfigError(f"hidden={self.hidden!r}: expected two whole numbers of at least 1, the channels of the two stages")
+            raise ConfigError(
+                f"hidden={self.hidden!r}: expected two whole numbers of at least 1, the channels of the two stages"
+            )
         if not 0 < self.learning_rate < math.inf:
             raise ConfigError(f"learning_rate={self.learning_rate!r}: expected a positive number")
         if self.latents is not None and self.arm != "dense":

@@ -2,8 +2,8 @@
 
 ``mnist`` and ``fashion`` come through torchvision; their files are looked for in ``$VAENB_DATA``, ``../shared/data`` and
 ``build/data``, and downloaded if they are in none of them. ``digits`` (the handwritten digits that scikit-learn carries)
-needs no network, nor do the ``texture-*`` sets, which are drawn here; for ``eurosat`` and ``photos`` see ``photographs``. A folder that is given is only read: verified files
-are copied to ``build/data``.
+needs no network, nor do the ``texture-*`` sets, which are drawn here. For ``eurosat`` and ``photos`` see ``photographs``.
+A folder that is given is only read: verified files are copied to ``build/data``.
 """
 
 import functools
@@ -132,7 +132,7 @@ def bases() -> list[Path]:
 
 
 def resolve_photographs(name: str = "auto") -> str:
-    """What ``auto`` means on this machine: EuroSAT, or a part of it, if it is here or can be fetched; else the embedded photographs.
+    """What ``auto`` means on this machine: EuroSAT if it is here, in part or whole, or can be fetched; else the embedded ones.
 
     Any other name stands for itself and never falls back. The choice of ``photos`` is announced on standard output.
 

@@ -172,7 +172,8 @@ def tune(repaired: Repaired, epochs: int = 4, learning_rate: float = 1e-2, wait:
         return {**repaired.cost, "seconds": time.perf_counter() - started}
 
     spec = {"prior": repaired.folder.name, "epochs": epochs, "learning_rate": learning_rate, **VERSIONS}
-    code = [*runs.with_imports(inspect.getmodule((RUNGS | ANY_SIZE)[repaired.rung][0])), *runs.with_imports(joint), sys.modules[__name__]]
+    kind = (RUNGS | ANY_SIZE)[repaired.rung][0]
+    code = [*runs.with_imports(inspect.getmodule(kind)), *runs.with_imports(joint), sys.modules[__name__]]
     entry = runs.entry(f"{run.config.label}-{_slug(repaired.rung)}-jointly", spec, _once(code), train, wait)
     return Repaired(Run(run.config, entry), repaired.rung, repaired.count, entry)
 

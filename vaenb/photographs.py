@@ -19,7 +19,7 @@ from vaenb.pictures import PictureError, read
 SIDE = 64  # pixels
 FULL = 27_000  # tiles that EuroSAT has
 HELD_OUT = 5  # every fifth tile of a class is a test image
-CROPS = 2_000  # of the two photographs together
+CROPS = 1_000  # of the two photographs together
 Split = tuple[Tensor, Tensor, Tensor, Tensor]  # train, test: uint8, (N, 3, 64, 64); their labels: int64, (N,)
 
 
@@ -41,7 +41,9 @@ def load_eurosat(folder: Path) -> Split:
     classes = sorted(path.name for path in folder.iterdir() if path.is_dir())
     tiles, labels, held_out = [], [], []
     for label, name in enumerate(classes):
-        numbers = {int(match[1]): path for path in (folder / name).glob("*.jpg") if (match := re.search(r"_(\d+)$", path.stem))}
+        numbers = {
+            int(match[1]): path for path in (folder / name).glob("*.jpg") if (match := re.search(r"_(\d+)$", path.stem))
+        }
         for number, path in sorted(numbers.items()):
             tile = read(path)
             if tile.shape != (SIDE, SIDE, 3):

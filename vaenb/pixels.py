@@ -9,6 +9,8 @@ fiat (σ-VAE, Rybkin et al. 2021). They are probabilities of the grey values as 
 """
 
 import math
+from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +33,7 @@ class Discretised(Distribution):
         family: ``logistic`` or ``gaussian``.
     """
 
-    arg_constraints: dict = {}
+    arg_constraints: ClassVar[dict] = {}
 
     def __init__(self, location: Tensor, scale: Tensor, family: str):
         self.location, self.scale, self.family = location, scale, family
@@ -55,9 +57,9 @@ class Discretised(Distribution):
         inside = log_top + torch.log(-torch.expm1((log_cdf(bottom) - log_top).clamp_max(-1e-7)))
         return torch.where(lowest, log_cdf(upper), torch.where(highest, log_cdf(-lower), inside))
 
-    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Grey values in {0, 1/255, …, 1}."""
-        shape = self._extended_shape(sample_shape)
+        shape = self._extended_shape(torch.Size(sample_shape))
         if self.family == "gaussian":
             noise = torch.randn(shape, device=self.location.device)
         else:

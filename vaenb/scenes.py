@@ -27,7 +27,7 @@ def prior_quality(repaired: Repaired) -> dict[str, Any]:
         ``data``.
     """
     run = repaired.run
-    encoded, reference = halves(run.images)
+    reference = halves(run.images)[1]
     pictures = {
         "samples": decoded(run.model, repaired.prior.sample(len(reference), seed=HELD_OUT)),
         "reconstructions": decoded(run.model, dependence.aggregate(run.model, reference, HELD_OUT + 1)),

@@ -31,7 +31,8 @@ WARM_UP = 0.05  # share of all steps
 BETAS = (0.9, 0.99)  # of Adam; a shorter memory of the squared gradient suits a few thousand steps
 HISTORY = ("epoch", "rate", "distortion", "test_rate", "test_distortion")
 EXPLODED = 1e3  # times the loss of guessing every pixel by tossing a coin
-CODE = [data, pixels, models, checkpoints, *(sys.modules[name] for name in (Config.__module__, __name__))]  # what a run depends on
+MODULES = (data, pixels, models, checkpoints)
+CODE = [*MODULES, *(sys.modules[name] for name in (Config.__module__, __name__))]  # what a run depends on
 
 
 class TrainingDiverged(RuntimeError):

@@ -10,7 +10,19 @@ from vaenb.figures.land import land
 from vaenb.figures.maps import dependence_fields, latent_maps, map_sizes, reshaped_latents
 from vaenb.figures.repair import neighbours, worth
 from vaenb.figures.strips import strips
-from vaenb.figures.style import ARM_COLOURS, ARM_TITLES, PALETTE, colour, grey, mosaic, new, read_numbers, save, show_ink, styled
+from vaenb.figures.style import (
+    ARM_COLOURS,
+    ARM_TITLES,
+    PALETTE,
+    colour,
+    grey,
+    mosaic,
+    new,
+    read_numbers,
+    save,
+    show_ink,
+    styled,
+)
 from vaenb.figures.symptom import gallery, seed_points
 
 __all__ = [
