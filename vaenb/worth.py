@@ -21,7 +21,7 @@ from vaenb.quality import compare, connected_components, frechet_distance
 from vaenb.samples import decoded, halves, known_features
 from vaenb.train import Run
 
-NEAREST = 1000  # pictures that are compared with all training images
+NEAREST = 500  # pictures that are compared with all training images
 HELD_OUT = 11  # seed of the draws that are measured on
 SLOW = 1000  # latents whose density under flow matching is worth its time
 
