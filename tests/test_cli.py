@@ -38,6 +38,20 @@ def test_a_picture_of_any_size_through_the_model(trained, tmp_path, capsys):
     assert np.abs(made.astype(int) - (mean * 255).round().permute(1, 2, 0).numpy()).max() <= 1
 
 
+def test_originals_and_namesakes_are_not_overwritten(trained, tmp_path, capsys):
+    for name in ("a.png", "a.jpg", "notes.txt"):
+        Image.new("RGB", (20, 20), "red").save(tmp_path / name, format="PNG")
+    before = (tmp_path / "a.png").read_bytes()
+    for images, out in ((["a.png"], ""), (["a.png", "a.jpg"], "out")):
+        paths = [str(tmp_path / image) for image in images]
+        assert main(["reconstruct", str(trained), *paths, "--out", str(tmp_path / out)]) == 1
+        assert "choose another --out" in capsys.readouterr().err
+    assert (tmp_path / "a.png").read_bytes() == before
+    (tmp_path / "a.jpg").unlink()
+    assert main(["reconstruct", str(trained), str(tmp_path), "--out", str(tmp_path / "out")]) == 0  # and not the notes
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a.png"]
+
+
 def test_samples_of_any_size_repeat_with_their_seed(trained, tmp_path):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         out = str(tmp_path / f"{name}.png")
@@ -65,9 +79,11 @@ def test_info(trained, capsys):
         (["info", "landsat"], "unknown data set 'landsat'"),
         (["train", "landsat", "--out", "OUT"], "unknown data set 'landsat'"),
         (["sample", "OUT", "--out", "x.png"], "no trained model: it has no bundle.json"),
-        (["reconstruct", "MODEL", "OUT/none.png", "--out", "OUT"], "none.png cannot be read as a picture"),
+        (["reconstruct", "MODEL", "OUT/none.png", "--out", "OUT/o"], "none.png cannot be read as a picture"),
         (["sample", "MODEL", "--size", "3x9", "--out", "OUT/x.png"], "smaller than the stride of 4"),
         (["sample", "MODEL", "--out", "OUT/none/x.png"], "No such file or directory"),
+        (["train", "digits", "--out", "OUT/x"], "digits is grey"),
+        (["reconstruct", "MODEL", "MODEL", "--out", "OUT"], "no picture"),
     ],
 )
 def test_clear_errors_and_nothing_left(trained, tmp_path, capsys, arguments, message):
@@ -98,7 +114,8 @@ def test_a_damaged_bundle_is_never_used(trained, tmp_path):
             about["config"]["arm"] = "transformer"
             (folder / damaged).write_text(json.dumps(about))
         else:
-            (folder / damaged).write_bytes((folder / damaged).read_bytes()[:-1] + b"x")
+            content = (folder / damaged).read_bytes()
+            (folder / damaged).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
         with pytest.raises(bundle.BundleError, match=r"damaged|does not fit"):
             bundle.load(folder)
         (folder / damaged).unlink()

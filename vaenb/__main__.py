@@ -2,7 +2,6 @@
 
 import argparse
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -10,7 +9,7 @@ import torch
 from vaenb import bundle, canvas, data, ladder, pictures
 from vaenb.config import PRESETS, Config
 from vaenb.photographs import SIDE
-from vaenb.train import fit
+from vaenb.train import TrainingDiverged, fit
 
 ABOUT = """\
 Fully convolutional VAEs of photographs of any size: train one on 64×64 tiles, then send images of any size through it, or
@@ -29,9 +28,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         options.run(options)
     except KeyboardInterrupt:
-        print("interrupted: the same command goes on from the last complete epoch", file=sys.stderr)
+        print("interrupted: training goes on from the last complete epoch with the same command", file=sys.stderr)
         return 130
-    except (ValueError, data.DataError, OSError) as error:  # of all our own errors, the message says what to do
+    except (ValueError, data.DataError, TrainingDiverged, OSError) as error:  # the message says what to do
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
@@ -39,8 +38,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def train(options: argparse.Namespace) -> None:
     """Train a VAE and fit its prior; both are kept in the run store, and copied to a folder."""
-    options.out.mkdir(parents=True, exist_ok=True)  # before minutes of training
     images = data.load(options.data)
+    if images.image_shape[0] != 3:
+        raise ValueError(f"{options.data} is grey: choose one of {', '.join(data.PHOTOGRAPHS)}")
+    options.out.mkdir(parents=True, exist_ok=True)  # before minutes of training
     print(f"{images.title}: {len(images.train):,} training and {len(images.test):,} test images")
     settings = {**PRESETS[options.preset], **({"epochs": options.epochs} if options.epochs else {})}
     run = fit(Config(options.data, latent_size=images.image_shape[1] // 4, seed=options.seed, **settings))
@@ -52,10 +53,13 @@ def train(options: argparse.Namespace) -> None:
 def reconstruct(options: argparse.Namespace) -> None:
     """Send images through encoder and decoder."""
     model = bundle.load(options.model).model
+    jobs = [(path, options.out / f"{path.stem}.png") for path in pictures.files(options.images)]
+    made = [out.resolve() for _, out in jobs]
+    if len(set(made)) < len(made) or {path.resolve() for path, _ in jobs} & set(made):
+        raise ValueError("two pictures would have one name, or one would replace its original: choose another --out")
     options.out.mkdir(parents=True, exist_ok=True)
-    for path in _files(options.images):
+    for path, out in jobs:
         image = torch.from_numpy(pictures.read(path).copy()).permute(2, 0, 1)
-        out = options.out / f"{path.stem}.png"
         pictures.write_png(out, canvas.reconstruct(model, image, options.tile), image.shape[1:], 3)
         print(out)
 
@@ -73,7 +77,7 @@ def sample(options: argparse.Namespace) -> None:
 
 def info(options: argparse.Namespace) -> None:
     """Say what a folder holds, or what a data set has."""
-    if Path(options.what).is_dir():
+    if options.what not in data.PHOTOGRAPHS and Path(options.what).is_dir():
         loaded = bundle.load(Path(options.what))
         halos, parameters = canvas.halos(loaded.model), sum(p.numel() for p in loaded.model.parameters())
         print(f"trained on {loaded.about['data']}\n{loaded.about['config']}")
@@ -88,12 +92,6 @@ def info(options: argparse.Namespace) -> None:
             f"{images.title}: {len(images.train):,} training and {len(images.test):,} test images of {images.image_shape}, "
             f"fingerprint {images.fingerprint}"
         )
-
-
-def _files(paths: Iterable[Path]) -> Iterable[Path]:
-    """The files among these, and those in the folders among these."""
-    for path in paths:
-        yield from sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
 
 
 def _size(text: str) -> tuple[int, int]:

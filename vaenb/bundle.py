@@ -17,7 +17,7 @@ import torch
 
 from vaenb import ladder, runs
 from vaenb.checkpoints import contiguous
-from vaenb.config import Config, ConfigError
+from vaenb.config import Config
 from vaenb.models import VAE
 from vaenb.priors import Prior
 
@@ -83,6 +83,8 @@ def load(folder: Path) -> Bundle:
             if hashlib.sha256(content).hexdigest() != about["sha256"][name]:
                 raise BundleError(f"{folder / name} is damaged: its checksum is not the one in {DESCRIPTION}")
             module.load_state_dict(safetensors.torch.load(content))
-    except (KeyError, TypeError, json.JSONDecodeError, ConfigError, RuntimeError, FileNotFoundError) as error:
+    except BundleError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OSError) as error:
         raise BundleError(f"{folder} does not fit this version of vaenb, or is incomplete: {error}") from error
     return Bundle(model.eval().requires_grad_(False), prior.requires_grad_(False), about)

@@ -15,10 +15,13 @@ import torch
 from torch import Tensor
 
 from vaenb.pictures import PictureError, read
+from vaenb.runs import exclusive
 
 SIDE = 64  # pixels
 FULL = 27_000  # tiles that EuroSAT has
 HELD_OUT = 5  # every fifth tile of a class is a test image
+CLASSES = ("AnnualCrop", "Forest", "HerbaceousVegetation", "Highway", "Industrial", "Pasture", "PermanentCrop",
+           "Residential", "River", "SeaLake")  # fmt: skip
 CROPS = 1_000  # of the two photographs together
 Split = tuple[Tensor, Tensor, Tensor, Tensor]  # train, test: uint8, (N, 3, 64, 64); their labels: int64, (N,)
 
@@ -27,7 +30,7 @@ def find_eurosat(bases: Sequence[Path]) -> Path | None:
     """The first folder of EuroSAT tiles under these, in the layout of torchvision: a folder for each class with JPEGs."""
     for base in bases:
         for folder in (base / "eurosat" / "2750", base / "2750", base):
-            if next(folder.glob("*/*_1.jpg"), None):
+            if any((folder / name).is_dir() for name in CLASSES):
                 return folder
     return None
 
@@ -61,24 +64,29 @@ def load_eurosat(folder: Path) -> Split:
 def download_eurosat(base: Path) -> Path:
     """Download with torchvision, which verifies the archive, in a scratch folder; then move the tiles to ``base``/eurosat.
 
+    One process at a time; another finds what the first has fetched.
+
     Raises:
         OSError, RuntimeError: no network, or a damaged archive.
     """
     from torchvision.datasets import EuroSAT
 
-    base.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".download-", dir=base) as scratch:
-        EuroSAT(scratch, download=True)
-        os.replace(Path(scratch, "eurosat"), base / "eurosat")
-    return base / "eurosat" / "2750"
+    tiles = base / "eurosat" / "2750"
+    with exclusive(base / ".eurosat.lock"):
+        if not tiles.is_dir():
+            with tempfile.TemporaryDirectory(prefix=".download-", dir=base) as scratch:
+                EuroSAT(scratch, download=True)
+                tiles.parent.mkdir(exist_ok=True)
+                os.replace(Path(scratch, "eurosat", "2750"), tiles)
+    return tiles
 
 
 def find_scene(bases: Sequence[Path], name: str = "auto") -> tuple[str, np.ndarray]:
-    """A large picture and what it is called: a file, or for ``auto`` NASA's Blue Marble if a folder has it, else the temple.
+    """A picture and what it is called: a file, the temple, or for ``auto`` NASA's Blue Marble if a folder has it.
 
     Args:
         bases: folders that may have it, as ``scenes/nasa_blue_marble_bmng.jpg``.
-        name: a path, or ``auto``.
+        name: a path, ``temple`` or ``auto``.
 
     Returns:
         Its name, and uint8, (H, W, 3).
@@ -86,9 +94,9 @@ def find_scene(bases: Sequence[Path], name: str = "auto") -> tuple[str, np.ndarr
     Raises:
         PictureError: the file is not a picture.
     """
-    if name != "auto":
+    if name not in ("auto", "temple"):
         return Path(name).name, read(Path(name))
-    for base in bases:
+    for base in bases if name == "auto" else []:
         if (path := base / "scenes" / "nasa_blue_marble_bmng.jpg").is_file():
             return "NASA Blue Marble Next Generation (NASA Earth Observatory)", read(path)
     from sklearn.datasets import load_sample_image

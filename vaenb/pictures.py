@@ -1,13 +1,19 @@
 """Picture files: any format in, PNG out, written as it is made."""
 
 import os
+import struct
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import png
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
+
+
+Image.MAX_IMAGE_PIXELS = None  # satellite scenes are larger than what Pillow takes for an attack
+DAMAGE = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, struct.error, zlib.error)  # as decoders say it
 
 
 class PictureError(ValueError):
@@ -15,22 +21,43 @@ class PictureError(ValueError):
 
 
 def read(path: Path) -> np.ndarray:
-    """A picture file as 8-bit RGB, (H, W, 3): grey is repeated, transparency laid on black, 16 bits are rounded to 8.
+    """A picture file as 8-bit RGB, (H, W, 3), turned upright as its camera says.
+
+    Grey is repeated, transparency laid on black. Of 16 bits the upper 8 are kept; grey floats are from 0 to 1.
 
     Raises:
-        PictureError: not a picture, damaged, or cut short; the message names the file.
+        PictureError: not a picture, damaged, cut short, or with floats outside [0, 1]; the message names the file.
     """
     try:
-        with Image.open(path) as picture:
+        with Image.open(path) as file:
+            picture = ImageOps.exif_transpose(file)
             if picture.mode == "F" or picture.mode.startswith("I"):
                 grey = np.asarray(picture, dtype=np.float64) / (1 if picture.mode == "F" else 65535)
-                return np.repeat((grey.clip(0, 1) * 255).round().astype(np.uint8)[..., None], 3, axis=2)
+                if not (grey.min() >= 0 and grey.max() <= 1):
+                    raise ValueError(f"grey values from {grey.min():g} to {grey.max():g}, expected 0 to 1 (or 16 bits)")
+                return np.repeat((grey * 255).round().astype(np.uint8)[..., None], 3, axis=2)
             if picture.has_transparency_data:
                 black = Image.new("RGBA", picture.size, "black")
                 return np.asarray(Image.alpha_composite(black, picture.convert("RGBA")).convert("RGB"))
             return np.asarray(picture.convert("RGB"))
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except DAMAGE as error:
         raise PictureError(f"{path} cannot be read as a picture: {error}") from error
+
+
+def files(paths: Iterable[Path]) -> list[Path]:
+    """These files, and for folders the picture files in them, told by their suffix.
+
+    Raises:
+        PictureError: there are none.
+    """
+    found = []
+    for path in paths:
+        inside = sorted(path.iterdir()) if path.is_dir() else []
+        pictures = [p for p in inside if p.suffix.lower() in Image.registered_extensions() and not p.name.startswith(".")]
+        found += pictures if path.is_dir() else [path]
+    if not found:
+        raise PictureError(f"no picture files in {', '.join(map(str, paths))}")
+    return found
 
 
 def write_png(path: Path, bands: Iterable[Tensor], size: tuple[int, int], channels: int) -> None:

@@ -73,12 +73,16 @@ def distribution(likelihood: str, output: Tensor, log_scale: Tensor | None = Non
     Args:
         likelihood: of ``LIKELIHOODS``.
         output: (N, C, H, W).
-        log_scale: of each channel, (C,); not for ``bernoulli``.
+        log_scale: see ``scale``, (C,); not for ``bernoulli``.
     """
     if likelihood == "bernoulli":
         return Independent(Bernoulli(logits=output, validate_args=False), 3, validate_args=False)
-    scale = log_scale.clamp_min(LEAST_LOG_SCALE).exp()[:, None, None]
-    return Independent(Discretised(output + 0.5, scale, likelihood), 3, validate_args=False)
+    return Independent(Discretised(output + 0.5, scale(log_scale)[:, None, None], likelihood), 3, validate_args=False)
+
+
+def scale(log_scale: Tensor) -> Tensor:
+    """The learned scale of each channel, in units of the whole range of grey values; bounded from below, smoothly."""
+    return (LEAST_LOG_SCALE + F.softplus(log_scale - LEAST_LOG_SCALE)).exp()
 
 
 def observed(likelihood: str, pixels: Tensor, uniform: Tensor) -> Tensor:

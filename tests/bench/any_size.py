@@ -19,7 +19,7 @@ def measured(*arguments: str) -> tuple[float, float]:
     code = "import resource, sys; from vaenb.__main__ import main; status = main(sys.argv[1:]); " \
            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss); sys.exit(status)"  # fmt: skip
     started = time.perf_counter()
-    said = subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True, text=True).stdout
+    said = subprocess.run([sys.executable, "-c", code, *arguments], check=True, stdout=subprocess.PIPE, text=True).stdout
     unit = 1 if sys.platform == "darwin" else 1024
     return time.perf_counter() - started, int(said.split()[-1]) * unit / 2**30
 
