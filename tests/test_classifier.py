@@ -92,5 +92,12 @@ def test_data_without_classes():
     alike = dataclasses.replace(images, train_labels=torch.zeros_like(images.train_labels))
     with pytest.raises(ValueError, match="single class"):
         classifier._train(alike, None)
-    with pytest.raises(ValueError, match="has images of"):
-        classifier._train(dataclasses.replace(images, train=images.train[..., 1:]), None)
+
+
+def test_a_classifier_of_colour_pictures_of_another_size():
+    network = classifier.Classifier((3, 64, 60), classes=4).eval()
+    features, probabilities = classifier.extract(network, torch.rand(5, 3, 64, 60))
+    assert features.shape == (5, classifier.FEATURES)
+    assert probabilities.shape == (5, 4)
+    with pytest.raises(ValueError, match=r"\(N, 3, 64, 60\)"):
+        classifier.extract(network, torch.rand(5, 3, 60, 64))

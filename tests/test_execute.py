@@ -223,6 +223,7 @@ def test_every_notebook_runs_with_tiny_parameters(notebook, overrides, tmp_path,
         "05_locality": {"short_epochs": 1, "map_epochs": 1, "learning_rates": [0.008]},
         "06_controls": {"texture_epochs": 1, "lengths": [4, 8]},
         "07_priors": {"map_epochs": 1, "joint_epochs": 1, "count": 3200},
+        "08_any_size": {"sides": [64, 128]},
     }.get(notebook, {})
     (tmp_path / "tiny.yaml").write_text(json.dumps(tiny))
     execute.execute(notebook, tmp_path / "tiny.yaml", overrides)

@@ -87,7 +87,7 @@ def test_committed_figures_have_their_numbers_and_are_in_the_readme():
     for picture in pictures:
         content = json.loads(picture.with_suffix(".json").read_text())
         assert content["alt"]
-        assert "MNIST" in content["caption"] or "drawn for this figure" in content["caption"]
+        assert any(source in content["caption"] for source in ("MNIST", "EuroSAT", "drawn for this figure"))
         assert picture.name in readme
 
 

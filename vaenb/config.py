@@ -8,8 +8,13 @@ import torch
 from torch import Tensor
 
 from vaenb import models
+from vaenb.pixels import LIKELIHOODS
 
 REDUCTIONS = ("sum", "mean")
+PRESETS = {  # for photographs: small for minutes on two cores, large for a GPU
+    "small": {"hidden": (32, 64), "latent_channels": 4, "likelihood": "logistic", "epochs": 12, "batch_size": 32},
+    "large": {"hidden": (128, 256), "latent_channels": 8, "likelihood": "logistic", "epochs": 60, "batch_size": 64},
+}
 
 
 class ConfigError(ValueError):
@@ -27,6 +32,8 @@ class Config:
         latent_channels: channels of the map.
         latents: length of the latent vector of ``dense``; None: as many as the map has.
         kernel_size, padding, coordinates, reach: of the layers next to the map; see ``models.VAE``.
+        hidden: channels of the two stages of the trunks, the outer one first.
+        likelihood: of the pixels; see ``pixels``.
         distortion_reduction, rate_reduction: how the loss adds up pixels and latents. ``sum`` and ``sum`` is −ELBO in
             nats; the other three are the mistakes that experiment E3 examines.
         epochs, batch_size, learning_rate: of Adam, with a short linear warm-up and linear decay to zero.
@@ -45,6 +52,8 @@ class Config:
     padding: str = "zeros"
     coordinates: bool = False
     reach: int | None = None
+    hidden: tuple[int, int] = (16, 32)
+    likelihood: str = "bernoulli"
     distortion_reduction: str = "sum"
     rate_reduction: str = "sum"
     epochs: int = 40
@@ -57,6 +66,7 @@ class Config:
             "arm": models.ARMS,
             "padding": models.PADDINGS,
             "coordinates": (False, True),
+            "likelihood": LIKELIHOODS,
             "distortion_reduction": REDUCTIONS,
             "rate_reduction": REDUCTIONS,
         }
@@ -67,6 +77,11 @@ class Config:
             value = getattr(self, name)
             if (value is not None or name != "latents") and (not isinstance(value, int) or value < 1):
                 raise ConfigError(f"{name}={value!r}: expected a whole number of at least 1")
+        object.__setattr__(self, "hidden", tuple(self.hidden))  # a list, if it comes from a parameter file
+        if len(self.hidden) != 2 or not all(isinstance(width, int) and width > 0 for width in self.hidden):
+            raise ConfigError(
+                f"hidden={self.hidden!r}: expected two whole numbers of at least 1, the channels of the two stages"
+            )
         if not 0 < self.learning_rate < math.inf:
             raise ConfigError(f"learning_rate={self.learning_rate!r}: expected a positive number")
         if self.latents is not None and self.arm != "dense":
@@ -90,6 +105,8 @@ class Config:
         parts += (
             [f"reach{self.reach}"] * (self.reach is not None)
             + ["coordinates"] * self.coordinates
+            + ["hidden{}-{}".format(*self.hidden)] * (tuple(self.hidden) != (16, 32))
+            + [self.likelihood] * (self.likelihood != "bernoulli")
             + [loss] * (loss != "sum-sum")
         )
         return "-".join(map(str, [*parts, f"s{self.seed}"]))
@@ -113,10 +130,9 @@ class Config:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             stride = self.stride(image_shape[1:])
-            map_only = {"kernel_size": self.kernel_size, "padding": self.padding, "coordinates": self.coordinates}
-            model = models.VAE(
-                self.arm, image_shape, stride, self.latent_channels, self.latents, **map_only, reach=self.reach
-            )
+            same = ("hidden", "kernel_size", "padding", "coordinates", "reach", "likelihood")
+            options = {name: getattr(self, name) for name in same}
+            model = models.VAE(self.arm, image_shape, stride, self.latent_channels, self.latents, **options)
             return model.to(memory_format=torch.channels_last)  # faster convolutions on CPUs and GPUs alike
 
 

@@ -2,8 +2,8 @@
 
 ``mnist`` and ``fashion`` come through torchvision; their files are looked for in ``$VAENB_DATA``, ``../shared/data`` and
 ``build/data``, and downloaded if they are in none of them. ``digits`` (the handwritten digits that scikit-learn carries)
-needs no network, nor do the ``texture-*`` sets, which are drawn here. A folder that is given is only read: verified files
-are copied to ``build/data``.
+needs no network, nor do the ``texture-*`` sets, which are drawn here. For ``eurosat`` and ``photos`` see ``photographs``.
+A folder that is given is only read: verified files are copied to ``build/data``.
 """
 
 import functools
@@ -13,6 +13,8 @@ import os
 import socket
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +23,7 @@ import torch
 from scipy import fft, special
 from torch import Tensor
 
+from vaenb import photographs
 from vaenb.runs import ROOT, build_folder, write_atomically
 
 TITLES = {
@@ -30,6 +33,10 @@ TITLES = {
 }
 TEXTURE_LENGTHS = (1, 2, 4, 8)  # pixels
 TEXTURES = {f"texture-{length}": f"stationary texture, correlation length {length} px" for length in TEXTURE_LENGTHS}
+PHOTOGRAPHS = {
+    "eurosat": "EuroSAT",
+    "photos": "crops of the two photographs that scikit-learn carries, the embedded stand-in for satellite images",
+}
 DOWNLOAD_TIMEOUT = 20.0  # seconds without an answer
 
 
@@ -42,7 +49,7 @@ class ImageSet:
     """A labelled image data set.
 
     Attributes:
-        name: one of ``TITLES`` or ``TEXTURES``.
+        name: one of ``TITLES``, ``TEXTURES`` or ``PHOTOGRAPHS``.
         train, test: images, uint8, (N, C, H, W).
         train_labels, test_labels: classes, int64, (N,).
         fingerprint: hash of all pixels and labels; two sets with the same fingerprint are the same data.
@@ -58,7 +65,10 @@ class ImageSet:
     @property
     def title(self) -> str:
         """How captions call the data set."""
-        return (TITLES | TEXTURES)[self.name]
+        count = len(self.train) + len(self.test)
+        if self.name == "eurosat" and count < photographs.FULL:
+            return f"a part of EuroSAT ({count:,} of its {photographs.FULL:,} tiles)"
+        return (TITLES | TEXTURES | PHOTOGRAPHS)[self.name]
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -73,9 +83,12 @@ def load(name: str) -> ImageSet:
     Raises:
         DataError: unknown name; no copy found and none downloadable; a file that does not match its checksum.
     """
-    if name not in TITLES | TEXTURES:
-        raise DataError(f"unknown data set {name!r}: choose one of {', '.join(TITLES | TEXTURES)}")
-    if name in TEXTURES:
+    known = TITLES | TEXTURES | PHOTOGRAPHS
+    if name not in known:
+        raise DataError(f"unknown data set {name!r}: choose one of {', '.join(known)}")
+    if name in PHOTOGRAPHS:
+        tensors = _load_photographs(name)
+    elif name in TEXTURES:
         tensors = _draw_textures(float(name.removeprefix("texture-")))
     else:
         tensors = _load_digits() if name == "digits" else _load_torchvision(name)
@@ -111,6 +124,31 @@ def resolve(name: str) -> str:
         )
         return "digits"
     return "mnist"
+
+
+def bases() -> list[Path]:
+    """Folders that data are looked for in, the first first."""
+    return [*_given(), ROOT.parent / "shared" / "data", build_folder() / "data"]
+
+
+def resolve_photographs(name: str = "auto") -> str:
+    """What ``auto`` means on this machine: EuroSAT if it is here, in part or whole, or can be fetched; else the embedded ones.
+
+    Any other name stands for itself and never falls back. The choice of ``photos`` is announced on standard output.
+
+    Raises:
+        DataError: unknown name, or a damaged tile.
+    """
+    if name != "auto":
+        if name not in PHOTOGRAPHS:
+            raise DataError(f"unknown photographs {name!r}: choose auto or one of {', '.join(PHOTOGRAPHS)}")
+        return name
+    try:
+        load("eurosat")
+    except _Unreachable as error:
+        print(f"No EuroSAT here ({error}).\nFALLING BACK to {PHOTOGRAPHS['photos']}. Every figure says so.")
+        return "photos"
+    return "eurosat"
 
 
 def binarise(pixels: Tensor, uniform: Tensor) -> Tensor:
@@ -161,6 +199,23 @@ def _draw_textures(length: float, count: int = 10_000, side: int = 28, contrast:
     return images[:train], images[train:], labels[:train], labels[train:]
 
 
+def _load_photographs(name: str) -> tuple[Tensor, ...]:
+    if name == "photos":
+        return photographs.load_photos()
+    own = build_folder() / "data"
+    folder = photographs.find_eurosat(bases())
+    try:
+        if folder is None:
+            with _patience():
+                folder = photographs.download_eurosat(own)
+    except (OSError, RuntimeError) as error:
+        raise _unreachable("eurosat", error) from error
+    try:
+        return photographs.load_eurosat(folder)
+    except photographs.PictureError as error:
+        raise DataError(f"{error}. Replace it by a good copy; nothing was trained on it") from error
+
+
 def _torchvision_class(name: str) -> type:
     from torchvision import datasets
 
@@ -188,8 +243,7 @@ def _raw_folder(name: str) -> Path:
     """
     cls = _torchvision_class(name)
     own = build_folder() / "data" / cls.__name__ / "raw"
-    given = [Path(os.environ["VAENB_DATA"])] if os.environ.get("VAENB_DATA") else []
-    for base in [*given, ROOT.parent / "shared" / "data", own.parents[1]]:
+    for base in bases():
         for folder in (base / cls.__name__ / "raw", base / cls.__name__, base):
             if all((folder / archive).is_file() for archive, _ in cls.resources):
                 for archive, md5 in cls.resources:
@@ -197,8 +251,8 @@ def _raw_folder(name: str) -> Path:
                     if folder != own and not (own / archive).is_file():
                         write_atomically(own / archive, content)
                 return folder
-    if given:
-        print(f"{given[0]} holds no complete {cls.__name__} (four .gz files): looked for it elsewhere", file=sys.stderr)
+    for given in _given():
+        print(f"{given} holds no complete {cls.__name__} (four .gz files): looked for it elsewhere", file=sys.stderr)
     _download(cls, own)
     return own
 
@@ -216,20 +270,33 @@ def _verified(path: Path, md5: str) -> bytes:
 def _download(cls: type, own: Path) -> None:
     """Download and verify with torchvision in a scratch folder, then move the archives to ``own``."""
     own.mkdir(parents=True, exist_ok=True)
-    default = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
     try:
-        with tempfile.TemporaryDirectory(prefix=".download-", dir=own.parents[1]) as scratch:
+        with _patience(), tempfile.TemporaryDirectory(prefix=".download-", dir=own.parents[1]) as scratch:
             cls(scratch, download=True)
             for archive, _ in cls.resources:
                 os.replace(Path(scratch, cls.__name__, "raw", archive), own / archive)
     except (OSError, RuntimeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
-        raise _Unreachable(
-            f"{cls.__name__} is in none of $VAENB_DATA, ../shared/data, build/data, and the download failed: {reason}"
-        ) from error
+        raise _unreachable(cls.__name__, error) from error
+
+
+def _unreachable(name: str, error: Exception) -> _Unreachable:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
+    return _Unreachable(f"{name} is in none of $VAENB_DATA, ../shared/data, build/data, and the download failed: {reason}")
+
+
+@contextmanager
+def _patience() -> Iterator[None]:
+    """Give up on a server that does not answer."""
+    default = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
+    try:
+        yield
     finally:
         socket.setdefaulttimeout(default)
+
+
+def _given() -> list[Path]:
+    return [Path(os.environ["VAENB_DATA"])] if os.environ.get("VAENB_DATA") else []
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vaenb.data import binarise
 from vaenb.models import BATCH, VAE, noise_sources, reparametrise
 
 
@@ -21,14 +20,14 @@ def aggregate(model: VAE, images: Tensor, seed: int = 0) -> Tensor:
     """Draws from the aggregate posterior q(z) = E_data q(z|x): one for each image, (N, *latent shape), on the CPU.
 
     Args:
-        images: uint8, (N, C, H, W); binarised once each.
-        seed: of binarisation and latent noise.
+        images: uint8, (N, C, H, W); shown to the model once each, see ``pixels.observed``.
+        seed: of what the model is shown and of latent noise.
     """
     device = next(model.parameters()).device
     pixels, noise = noise_sources(seed)
     draws = []
     for batch in images.split(BATCH):
-        q = model.encode(binarise(batch, torch.rand(batch.shape, generator=pixels)).to(device))
+        q = model.encode(model.observed(batch, torch.rand(batch.shape, generator=pixels)).to(device))
         draws.append(reparametrise(q, torch.randn(q.mean.shape, generator=noise).to(device)).cpu())
     return torch.cat(draws)
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 import zuko
 from torch import Tensor, nn
 
+from vaenb.canvas import tiled
 from vaenb.gaussians import Mixture
 from vaenb.priors import Convolutional, Learned, StandardNormal
 
@@ -55,7 +56,7 @@ class FlowMatching(Convolutional):
 
     Args:
         shape, patch, position_aware, training: see ``priors.Convolutional``.
-        hidden, blocks: width and depth.
+        hidden, blocks: width and depth; it sees one position farther than it has blocks.
         steps: of the midpoint rule, two evaluations of the network each.
         components: of a mixture of Gaussians to start from, which has one shape only; 0: from N(0, I), on any grid.
     """
@@ -64,7 +65,7 @@ class FlowMatching(Convolutional):
         self, shape: Sequence[int], hidden: int = 64, blocks: int = 4, steps: int = 12, components: int = 0, **options: float
     ):
         super().__init__(shape, hidden, **options)
-        self.steps, self.any_grid = steps, not components
+        self.steps, self.any_grid, self.halo = steps, not components, 1 + blocks
         self.start = Mixture(shape, components, sweeps=(8, 0)) if components else StandardNormal(shape)
         self.start.requires_grad_(False)
         self.first = nn.Conv2d(self.channels, hidden, 3, padding=1)
@@ -108,9 +109,15 @@ class FlowMatching(Convolutional):
         z = self.to_patches(self.start._sample(n, shape, generator))
         for step in range(self.steps):
             start, middle = (z.new_full((n,), (step + part) / self.steps) for part in (0, 0.5))
-            halfway = z + self.velocity(z, start) / (2 * self.steps)
-            z = z + self.velocity(halfway, middle) / self.steps
+            halfway = z + self._tiled_velocity(z, start) / (2 * self.steps)
+            z = z + self._tiled_velocity(halfway, middle) / self.steps
         return self.from_patches(z)
+
+    def _tiled_velocity(self, z: Tensor, t: Tensor) -> Tensor:
+        """The same as ``velocity``, on large grids in the memory of a tile."""
+        if self.position is not None:  # it has to know where in the whole it is
+            return self.velocity(z, t)
+        return tiled(lambda part: self.velocity(part, t), z, self.halo)
 
     def _log_prob(self, z: Tensor) -> Tensor:
         """Unbiased up to the steps: the divergence along the way back to noise is estimated with a random direction.

@@ -7,7 +7,6 @@ it (Tomczak & Welling 2018 do it with the VampPrior, Chen et al. 2017 with an au
 import torch
 from torch import Tensor, nn
 
-from vaenb.data import binarise
 from vaenb.models import VAE, reparametrise
 from vaenb.priors import Prior, minimise
 
@@ -20,7 +19,7 @@ def train_jointly(
     Args:
         model: a trained VAE.
         prior: fitted to its latents, with a density to train through.
-        images: uint8, (N, C, H, W); binarised anew at every step.
+        images: uint8, (N, C, H, W); shown to the model anew at every step, see ``pixels.observed``.
         epochs, learning_rate, batch_size: see ``priors.minimise``.
         seed: of the order, binarisation and latent noise.
 
@@ -35,7 +34,7 @@ def train_jointly(
     both = nn.ModuleList([model, prior]).to(device).requires_grad_()
 
     def negative_elbo(batch: Tensor) -> Tensor:
-        x = binarise(batch, torch.rand(batch.shape)).to(device)
+        x = model.observed(batch, torch.rand(batch.shape)).to(device)
         q = model.encode(x)
         z = reparametrise(q, torch.randn(q.mean.shape).to(device))
         return (prior.negative_log_prob(z) - model.decode(z).log_prob(x) - q.entropy()).mean()

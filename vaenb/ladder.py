@@ -41,6 +41,9 @@ RUNGS: dict[str, tuple[type[Prior], dict[str, Any]]] = {
     "mixture": (Mixture, {"components": 150}),
     "flow matching": (FlowMatching, {"position_aware": True, "components": 100, "steps": 5}),
 }
+ANY_SIZE: dict[str, tuple[type[Prior], dict[str, Any]]] = {  # translation-equivariant, for maps of any size
+    "stationary flow": (FlowMatching, {"patch": 1, "epochs": 6, "batch_size": 32}),
+}
 SIDE = 7  # positions of a map, along each axis, that convolutional priors work on: larger maps come in patches
 COUNT = 90_000  # latents that a prior learns from: several draws of each image
 AT_A_POSITION = 8  # components of the autoregressive prior where a patch is one latent; fewer where it is more
@@ -91,22 +94,22 @@ def build(rung: str, model: VAE, count: int = COUNT) -> Prior:
     """A newly initialised prior for the latents of a model; the same one every time.
 
     Args:
-        rung: of ``RUNGS``.
+        rung: of ``RUNGS`` or ``ANY_SIZE``.
         model: whose latents; the VampPrior has its encoder, too.
         count: latents to learn from: mixtures get no more components than these can tell apart.
 
     Raises:
         ValueError: unknown rung.
     """
-    if rung not in RUNGS:
-        raise ValueError(f"unknown rung {rung!r}: choose one of {', '.join(RUNGS)}")
-    kind, options = RUNGS[rung]
+    if rung not in RUNGS | ANY_SIZE:
+        raise ValueError(f"unknown rung {rung!r}: choose one of {', '.join(RUNGS | ANY_SIZE)}")
+    kind, options = (RUNGS | ANY_SIZE)[rung]
     options = dict(options)
     if issubclass(kind, Mixture | FlowMatching) and "components" in options:
         affordable = count // (PER_COMPONENT * math.prod(model.latent_shape))
         options["components"] = max(1, min(options["components"], affordable))
     if issubclass(kind, Convolutional) and model.arm != "dense":
-        options["patch"] = max(1, model.latent_shape[1] // SIDE)
+        options.setdefault("patch", max(1, model.latent_shape[1] // SIDE))
         if kind is Autoregressive:  # a component has a covariance of all latents of a patch
             options["components"] = max(1, AT_A_POSITION // (model.latent_shape[0] * options["patch"] ** 2))
     with torch.random.fork_rng(devices=[]):
@@ -124,7 +127,7 @@ def repair(run: Run, rung: str, count: int = COUNT, wait: bool = True) -> Repair
         wait: for another process that fits the same, rather than raise ``runs.Busy``.
     """
     prior = build(rung, run.model, count)
-    kind, options = RUNGS[rung]
+    kind, options = (RUNGS | ANY_SIZE)[rung]
 
     def fit(folder: Path) -> dict[str, Any]:
         prior.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -169,7 +172,8 @@ def tune(repaired: Repaired, epochs: int = 3, learning_rate: float = 1.5e-2, wai
         return {**repaired.cost, "seconds": time.perf_counter() - started}
 
     spec = {"prior": repaired.folder.name, "epochs": epochs, "learning_rate": learning_rate, **VERSIONS}
-    code = [*runs.with_imports(inspect.getmodule(RUNGS[repaired.rung][0])), *runs.with_imports(joint), sys.modules[__name__]]
+    kind = (RUNGS | ANY_SIZE)[repaired.rung][0]
+    code = [*runs.with_imports(inspect.getmodule(kind)), *runs.with_imports(joint), sys.modules[__name__]]
     entry = runs.entry(f"{run.config.label}-{_slug(repaired.rung)}-jointly", spec, _once(code), train, wait)
     return Repaired(Run(run.config, entry), repaired.rung, repaired.count, entry)
 

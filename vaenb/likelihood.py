@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vaenb.data import ImageSet, binarise
+from vaenb.data import ImageSet
 from vaenb.models import BATCH, VAE, evaluate, noise_sources, reparametrise
 from vaenb.priors import Prior
 
@@ -19,7 +19,7 @@ def log_weights(model: VAE, images: Tensor, k: int, seed: int = 0, prior: Prior 
     """Log p(x, z_i) / q(z_i|x) for k draws z_i ~ q(z|x) of each image: the mean over draws estimates the ELBO.
 
     Args:
-        images: uint8, (N, C, H, W); binarised once each, as in ``models.evaluate`` with the same seed.
+        images: uint8, (N, C, H, W); shown to the model once each, as in ``models.evaluate`` with the same seed.
         k: draws per image.
         prior: instead of the model's own.
 
@@ -35,7 +35,7 @@ def log_weights(model: VAE, images: Tensor, k: int, seed: int = 0, prior: Prior 
     pixels, noise = noise_sources(seed)
     parts = []
     for batch in images.split(BATCH):
-        x = binarise(batch, torch.rand(batch.shape, generator=pixels)).to(device)
+        x = model.observed(batch, torch.rand(batch.shape, generator=pixels)).to(device)
         size = (x.shape[-2], x.shape[-1])
         q, p = model.encode(x), prior or model.prior(size)
         draws = (reparametrise(q, torch.randn(q.mean.shape, generator=noise).to(device)) for _ in range(k))
@@ -90,7 +90,7 @@ def posterior_activity(model: VAE, images: ImageSet) -> dict[str, Any]:
         total = torch.zeros(model.latent_shape, dtype=torch.float64)
         pixels, _ = noise_sources(0)
         for batch in images.test.split(BATCH):
-            q = model.encode(binarise(batch, torch.rand(batch.shape, generator=pixels))).base_dist
+            q = model.encode(model.observed(batch, torch.rand(batch.shape, generator=pixels))).base_dist
             total += torch.distributions.kl_divergence(q, model.prior().base_dist).double().sum(0)
     return {"rate_per_latent": (total / len(images.test)).tolist()}
 

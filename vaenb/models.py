@@ -13,9 +13,9 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributions import Bernoulli, Independent, Normal, kl_divergence
+from torch.distributions import Independent, Normal, kl_divergence
 
-from vaenb.data import binarise
+from vaenb import pixels
 
 ARMS = ("spatial", "dense", "mixed")
 STRIDES = (1, 2, 4)
@@ -75,7 +75,7 @@ class WithCoordinates(nn.Module):
 
 
 class VAE(nn.Module):
-    """Encoder trunk, bottleneck, decoder trunk, Bernoulli pixels.
+    """Encoder trunk, bottleneck, decoder trunk, distribution of pixels.
 
     Args:
         arm: ``spatial``, ``dense`` or ``mixed``.
@@ -88,10 +88,12 @@ class VAE(nn.Module):
         padding: ``zeros``, or ``circular``: the image is a torus, and nothing tells a position from another.
         coordinates: whether those two convolutions are told where each position lies.
         reach: of the linear layers of ``mixed``, in positions along each axis; None: across the whole map.
+        likelihood: of the pixels given the latents, see ``pixels``.
 
     Raises:
         ValueError: unknown arm, stride or padding; an even kernel; ``latents`` for a map; ``kernel_size`` or ``coordinates``
-            for ``dense``, which has no convolution next to the latent; ``reach`` for another arm than ``mixed``.
+            for ``dense``, which has no convolution next to the latent; ``reach`` for another arm than ``mixed``; an unknown
+            likelihood.
         ImageSizeError: the images are smaller than the stride.
     """
 
@@ -107,6 +109,7 @@ class VAE(nn.Module):
         padding: str = "zeros",
         coordinates: bool = False,
         reach: int | None = None,
+        likelihood: str = "bernoulli",
     ):
         super().__init__()
         if arm not in ARMS:
@@ -125,8 +128,10 @@ class VAE(nn.Module):
             raise ValueError("kernel_size and coordinates are of the convolutions next to a map: the dense arm has none")
         if reach is not None and arm != "mixed":
             raise ValueError(f"reach={reach} is of the layers across positions: only the mixed arm has them, not {arm}")
+        if likelihood not in pixels.LIKELIHOODS:
+            raise ValueError(f"unknown likelihood {likelihood!r}: choose one of {', '.join(pixels.LIKELIHOODS)}")
         self.arm, self.image_shape, self.stride, self.latent_channels = arm, tuple(image_shape), stride, latent_channels
-        self.hidden = tuple(hidden)
+        self.padding, self.coordinates, self.likelihood, self.hidden = padding, coordinates, likelihood, tuple(hidden)
         channels, outer, inner = image_shape[0], *hidden
         height, width = self.grid(image_shape[1:])
         self.encoder = nn.Sequential(
@@ -135,6 +140,8 @@ class VAE(nn.Module):
         self.decoder = nn.Sequential(
             nn.GELU(), _up(inner, outer, stride >= 2, padding), nn.GELU(), _up(outer, channels, stride == 4, padding)
         )
+        # As wide as the grey values of photographs are around their mean, to begin with.
+        self.log_scale = None if likelihood == "bernoulli" else nn.Parameter(torch.full((channels,), -2.0))
         if arm == "dense":
             self.latent_shape = (latents or latent_channels * height * width,)
             flat = inner * height * width
@@ -177,7 +184,7 @@ class VAE(nn.Module):
         return Independent(Normal(mean, (0.5 * log_variance).exp(), validate_args=False), mean.ndim - 1, validate_args=False)
 
     def decode(self, z: Tensor, size: tuple[int, int] | None = None) -> Independent:
-        """p(x|z): independent Bernoulli pixels over (N, C, H, W).
+        """p(x|z): pixels independent given z, over (N, C, H, W), with the distribution of ``likelihood``.
 
         Args:
             z: latents, (N, C, h, w), or (N, d) for ``dense``.
@@ -192,10 +199,10 @@ class VAE(nn.Module):
             self._check_grid(tuple(z.shape[-2:]))
         if size is None and tuple(z.shape[1:]) == self.latent_shape:
             size = self.image_shape[1:]
-        logits = self.decoder(self.from_latent(z))
+        output = self.decoder(self.from_latent(z))
         if size is not None:
-            logits = logits[..., : size[0], : size[1]]
-        return Independent(Bernoulli(logits=logits, validate_args=False), 3, validate_args=False)
+            output = output[..., : size[0], : size[1]]
+        return pixels.distribution(self.likelihood, output, self.log_scale)
 
     def prior(self, size: tuple[int, int] | None = None) -> Independent:
         """p(z) = N(0, I) over the latent shape of one image of the given size (default: the training size)."""
@@ -210,12 +217,16 @@ class VAE(nn.Module):
         """Rate KL(q(z|x) ‖ p(z)) and distortion −log p(x|z) of each image, (N,) each, in nats: −ELBO is their sum.
 
         Args:
-            x: binary images, (N, C, H, W).
+            x: what ``observed`` returned, (N, C, H, W).
             noise: standard normal, (N, *latent shape).
         """
         q, size = self.encode(x), (x.shape[-2], x.shape[-1])
         rate = kl_divergence(q, self.prior(size).expand(q.batch_shape))
         return rate, -self.decode(reparametrise(q, noise), size).log_prob(x)
+
+    def observed(self, images: Tensor, uniform: Tensor) -> Tensor:
+        """``pixels.observed`` for the likelihood of this model."""
+        return pixels.observed(self.likelihood, images, uniform)
 
     def _check_grid(self, grid: tuple[int, int]) -> None:
         expected = self.grid(self.image_shape[1:])
@@ -245,7 +256,7 @@ def reparametrise(q: Independent, noise: Tensor) -> Tensor:
 
 @torch.no_grad()
 def evaluate(model: VAE, images: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Rate KL(q(z|x) ‖ p(z)) and distortion −log p(x|z), one binarisation and one latent draw per image.
+    """Rate KL(q(z|x) ‖ p(z)) and distortion −log p(x|z), shown once (``pixels.observed``), one latent draw per image.
 
     Args:
         model: on any device.
@@ -256,10 +267,10 @@ def evaluate(model: VAE, images: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]
         Two tensors (N,), nats per image, on the CPU. Their sum is −ELBO.
     """
     device = next(model.parameters()).device
-    pixels, noise = noise_sources(seed)
+    shown, noise = noise_sources(seed)
     parts = []
     for batch in images.cpu().split(BATCH):
-        x = binarise(batch, torch.rand(batch.shape, generator=pixels)).to(device)
+        x = model.observed(batch, torch.rand(batch.shape, generator=shown)).to(device)
         parts.append(model(x, torch.randn(len(x), *model.latent_shape, generator=noise).to(device)))
     rates, distortions = zip(*parts, strict=True)
     return torch.cat(rates).cpu(), torch.cat(distortions).cpu()

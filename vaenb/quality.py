@@ -21,7 +21,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from vaenb.data import ImageSet, binarise
+from vaenb.data import ImageSet
 from vaenb.models import BATCH, VAE, noise_sources, reparametrise
 
 
@@ -38,7 +38,7 @@ def pictures(model: VAE, images: ImageSet, n: int, seed: int = 0) -> dict[str, T
         z = torch.randn(min(BATCH, n - start), *model.latent_shape, generator=noise)
         samples.append(model.decode(z).mean)
     for batch in images.test[:n].split(BATCH):
-        q = model.encode(binarise(batch, torch.rand(batch.shape, generator=pixels)))
+        q = model.encode(model.observed(batch, torch.rand(batch.shape, generator=pixels)))
         reconstructions.append(model.decode(reparametrise(q, torch.randn(q.mean.shape, generator=noise))).mean)
     data = images.test[:n].float() / 255
     return {"samples": torch.cat(samples), "reconstructions": torch.cat(reconstructions), "data": data}

@@ -6,6 +6,8 @@ latents and its own pixel noise, and these are independent. (Block factors of in
 Burton, Goulet & Meester 1993.)
 """
 
+from collections.abc import Iterable
+
 import numpy as np
 from torch import nn
 from torch.distributions import Distribution, Independent
@@ -42,11 +44,20 @@ def receptive_field(model: VAE, size: tuple[int, int] | None = None) -> tuple[np
     size = size or tuple(model.image_shape[1:])
     fields = []
     for axis, (pixels, positions) in enumerate(zip(size, model.grid(size), strict=True)):
-        seen = np.eye(positions, dtype=bool)
-        for layer in [*model.from_latent, *model.decoder]:
-            seen = _step(layer, axis, len(seen)) @ seen
-        fields.append(seen[:pixels])
+        fields.append(field_of([*model.from_latent, *model.decoder], positions, axis)[:pixels])
     return fields[0], fields[1]
+
+
+def field_of(layers: Iterable[nn.Module], count: int, axis: int = 0) -> np.ndarray:
+    """Which of ``count`` inputs each output of a chain of layers sees along one axis: boolean, (outputs, count).
+
+    Raises:
+        GlobalLayerError: a layer whose field is not known.
+    """
+    seen = np.eye(count, dtype=bool)
+    for layer in layers:
+        seen = _step(layer, axis, len(seen)) @ seen
+    return seen
 
 
 def share_a_latent(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:

@@ -178,11 +178,12 @@ def two_point(
     pictures = {source: decoded(model, latents(model, images, source, seed)) for source in sources}
     pictures["data"] = halves(images)[1].float() / 255
     variance = {source: p.var().item() for source, p in pictures.items()}
-    curves = {source: _two_point(p[:, 0] - p.mean()) for source, p in pictures.items()}
+    curves = {source: two_point_correlation(p[:, 0] - p.mean()) for source, p in pictures.items()}
     return {**curves, "variance": {source: value / variance["data"] for source, value in variance.items()}}
 
 
-def _two_point(centred: Tensor) -> list[float]:
+def two_point_correlation(centred: Tensor) -> list[float]:
+    """Covariance of two pixels r = 0, 1, … apart along rows or columns, relative to that at 0; (N, H, W) of mean 0."""
     side = min(centred.shape[1:])
     sums = [
         (centred[:, r:] * centred[:, : centred.shape[1] - r]).mean()

@@ -23,7 +23,7 @@ import safetensors.torch
 import torch
 from lightning_fabric import Fabric
 
-from vaenb import checkpoints, data, models, runs
+from vaenb import checkpoints, data, models, pixels, runs
 from vaenb.config import Config, loss_of
 from vaenb.progress import Progress
 
@@ -31,7 +31,8 @@ WARM_UP = 0.05  # share of all steps
 BETAS = (0.9, 0.99)  # of Adam; a shorter memory of the squared gradient suits a few thousand steps
 HISTORY = ("epoch", "rate", "distortion", "test_rate", "test_distortion")
 EXPLODED = 1e3  # times the loss of guessing every pixel by tossing a coin
-CODE = [data, models, checkpoints, *(sys.modules[name] for name in (Config.__module__, __name__))]  # what a run depends on
+MODULES = (data, pixels, models, checkpoints)
+CODE = [*MODULES, *(sys.modules[name] for name in (Config.__module__, __name__))]  # what a run depends on
 
 
 class TrainingDiverged(RuntimeError):
@@ -153,13 +154,13 @@ def _train(config: Config, images: data.ImageSet, folder: Path) -> dict[str, Any
     started = time.perf_counter()
     fabric = Fabric(accelerator="cuda" if torch.cuda.is_available() else "cpu", devices=1)
     model = config.build(images.image_shape)
-    latents, pixels = math.prod(model.latent_shape), math.prod(images.image_shape)
+    latents, entries = math.prod(model.latent_shape), math.prod(images.image_shape)
     adam = torch.optim.Adam(model.parameters(), lr=config.learning_rate, betas=BETAS, fused=True)
     wrapped, optimiser = fabric.setup(model, adam)
     train = images.train.to(fabric.device)
     steps = math.ceil(len(train) / config.batch_size)
     history = checkpoints.restore(folder, model, optimiser)
-    limit = EXPLODED * loss_of(config, torch.zeros(1), torch.full((1,), pixels * math.log(2)), latents, pixels).item()
+    limit = EXPLODED * loss_of(config, torch.zeros(1), torch.full((1,), entries * math.log(2)), latents, entries).item()
 
     def stop_if_diverged(loss: float, when: str) -> None:
         if not loss < limit:  # also true of NaN
@@ -175,8 +176,8 @@ def _train(config: Config, images: data.ImageSet, folder: Path) -> dict[str, Any
                 noise = torch.randn(len(batch), *model.latent_shape, generator=draw).to(fabric.device)
                 for group in optimiser.param_groups:
                     group["lr"] = config.learning_rate * schedule((epoch * steps + step) / (config.epochs * steps))
-                rate, distortion = wrapped(data.binarise(train[batch.to(fabric.device)], uniform), noise)
-                loss = loss_of(config, rate, distortion, latents, pixels)
+                rate, distortion = wrapped(model.observed(train[batch.to(fabric.device)], uniform), noise)
+                loss = loss_of(config, rate, distortion, latents, entries)
                 stop_if_diverged(loss.item(), f"at step {step + 1} of epoch {epoch + 1}")
                 optimiser.zero_grad()
                 fabric.backward(loss)
@@ -185,7 +186,7 @@ def _train(config: Config, images: data.ImageSet, folder: Path) -> dict[str, Any
                 progress.step()
             rate, distortion = (terms.double().mean() for terms in models.evaluate(model, images.test))
             stop_if_diverged(
-                loss_of(config, rate, distortion, latents, pixels).item(), f"on the test images after epoch {epoch + 1}"
+                loss_of(config, rate, distortion, latents, entries).item(), f"on the test images after epoch {epoch + 1}"
             )
             history.append([epoch + 1, *(sums / len(train)).tolist(), rate.item(), distortion.item()])
             checkpoints.save(folder, model, optimiser, history)

@@ -41,7 +41,7 @@ class Vamp(Learned):
 
     def _fit(self, z: Tensor) -> None:
         with torch.no_grad():
-            self.pseudo_inputs.copy_(self._model[0].decode(z[: len(self.pseudo_inputs)]).base_dist.logits.clamp(-4, 4))
+            self.pseudo_inputs.copy_(self._model[0].decode(z[: len(self.pseudo_inputs)]).mean.logit().clamp(-4, 4))
         super()._fit(z)
 
     def components(self) -> tuple[Tensor, Tensor]:

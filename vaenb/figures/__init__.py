@@ -6,10 +6,23 @@ Functions take results (arrays, lists of numbers) and know nothing of models.
 from vaenb.figures.bugs import learning_curves, loss_scaling, quantiles
 from vaenb.figures.charts import Curve, Matrix, curves, matrices
 from vaenb.figures.controls import linear_model, textures
+from vaenb.figures.land import land
 from vaenb.figures.maps import dependence_fields, latent_maps, map_sizes, reshaped_latents
 from vaenb.figures.repair import neighbours, worth
 from vaenb.figures.strips import strips
-from vaenb.figures.style import ARM_COLOURS, ARM_TITLES, PALETTE, grey, mosaic, new, read_numbers, save, show_ink, styled
+from vaenb.figures.style import (
+    ARM_COLOURS,
+    ARM_TITLES,
+    PALETTE,
+    colour,
+    grey,
+    mosaic,
+    new,
+    read_numbers,
+    save,
+    show_ink,
+    styled,
+)
 from vaenb.figures.symptom import gallery, seed_points
 
 __all__ = [
@@ -18,10 +31,12 @@ __all__ = [
     "PALETTE",
     "Curve",
     "Matrix",
+    "colour",
     "curves",
     "dependence_fields",
     "gallery",
     "grey",
+    "land",
     "latent_maps",
     "learning_curves",
     "linear_model",

@@ -98,11 +98,16 @@ def grey(images: Tensor) -> np.ndarray:
     return (images[:, 0].detach().cpu().clamp(0, 1) * 255).round().byte().numpy()
 
 
+def colour(images: Tensor) -> np.ndarray:
+    """Images (N, 3, H, W) with values in [0, 1] as uint8 (N, H, W, 3), the precision of a picture."""
+    return (images.detach().cpu().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+
+
 def mosaic(images: np.ndarray, columns: int, gap: int = 2, fill: float = 255) -> np.ndarray:
-    """Tile (N, H, W) row by row, with ``gap`` pixels of ``fill`` between tiles."""
-    count, height, width = images.shape
+    """Tile (N, H, W), or (N, H, W, 3), row by row, with ``gap`` pixels of ``fill`` between tiles."""
+    count, height, width, *channels = images.shape
     rows = -(-count // columns)
-    canvas = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap), fill, dtype=np.float32)
+    canvas = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, *channels), fill, dtype=np.float32)
     for index, image in enumerate(images):
         top, left = (index // columns) * (height + gap), (index % columns) * (width + gap)
         canvas[top : top + height, left : left + width] = image

@@ -1,0 +1,132 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vaenb import bundle, config, ladder
+from vaenb.__main__ import main
+from vaenb.config import Config
+from vaenb.train import fit
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A model that has hardly learned, by the command line; it is only written and read here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VAENB_BUILD", str(tmp_path_factory.mktemp("build")))
+        patch.setitem(
+            config.PRESETS, "small", {"hidden": (4, 8), "latent_channels": 2, "likelihood": "logistic", "epochs": 1}
+        )
+        patch.setitem(
+            ladder.ANY_SIZE, "stationary flow", (ladder.FlowMatching, {"patch": 1, "epochs": 1, "hidden": 8, "steps": 2})
+        )
+        out = tmp_path_factory.mktemp("out") / "land"
+        assert main(["train", "photos", "--out", str(out)]) == 0
+        yield out
+
+
+def test_a_picture_of_any_size_through_the_model(trained, tmp_path, capsys):
+    Image.fromarray(np.random.default_rng(0).integers(256, size=(37, 90), dtype=np.uint8)).save(tmp_path / "grey.tiff")
+    assert main(["reconstruct", str(trained), str(tmp_path / "grey.tiff"), "--out", str(tmp_path / "out")]) == 0
+    made = np.asarray(Image.open(tmp_path / "out" / "grey.png"))
+    assert made.shape == (37, 90, 3)
+    loaded = bundle.load(trained)
+    image = torch.from_numpy(np.asarray(Image.open(tmp_path / "grey.tiff")).copy()).expand(3, -1, -1)
+    mean = loaded.model.decode(loaded.model.encode(image[None].float() / 255).mean, (37, 90)).mean[0]
+    assert np.abs(made.astype(int) - (mean * 255).round().permute(1, 2, 0).numpy()).max() <= 1
+
+
+def test_originals_and_namesakes_are_not_overwritten(trained, tmp_path, capsys):
+    for name in ("a.png", "a.jpg", "notes.txt"):
+        Image.new("RGB", (20, 20), "red").save(tmp_path / name, format="PNG")
+    before = (tmp_path / "a.png").read_bytes()
+    for images, out in ((["a.png"], ""), (["a.png", "a.jpg"], "out")):
+        paths = [str(tmp_path / image) for image in images]
+        assert main(["reconstruct", str(trained), *paths, "--out", str(tmp_path / out)]) == 1
+        assert "choose another --out" in capsys.readouterr().err
+    assert (tmp_path / "a.png").read_bytes() == before
+    (tmp_path / "a.jpg").unlink()
+    assert main(["reconstruct", str(trained), str(tmp_path), "--out", str(tmp_path / "out")]) == 0  # and not the notes
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a.png"]
+
+
+def test_samples_of_any_size_repeat_with_their_seed(trained, tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        out = str(tmp_path / f"{name}.png")
+        assert main(["sample", str(trained), "--size", "70x41", "--seed", str(seed), "--out", out]) == 0
+    a, b, c = (np.asarray(Image.open(tmp_path / f"{name}.png")) for name in "abc")
+    assert a.shape == (70, 41, 3)
+    np.testing.assert_array_equal(a, b)
+    assert (a != c).any()
+    assert main(["sample", str(trained), "--count", "2", "--out", str(tmp_path / "many.png")]) == 0
+    assert {"many-0.png", "many-1.png"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_info(trained, capsys):
+    assert main(["info", str(trained)]) == 0
+    said = capsys.readouterr().out
+    assert "two photographs that scikit-learn carries" in said
+    assert "a latent position for every 4×4 pixels" in said
+    assert main(["info", "photos"]) == 0
+    assert "800 training and 200 test images" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["info", "landsat"], "unknown data set 'landsat'"),
+        (["train", "landsat", "--out", "OUT"], "unknown data set 'landsat'"),
+        (["sample", "OUT", "--out", "x.png"], "no trained model: it has no bundle.json"),
+        (["reconstruct", "MODEL", "OUT/none.png", "--out", "OUT/o"], "none.png cannot be read as a picture"),
+        (["sample", "MODEL", "--size", "3x9", "--out", "OUT/x.png"], "smaller than the stride of 4"),
+        (["sample", "MODEL", "--out", "OUT/none/x.png"], "No such file or directory"),
+        (["train", "digits", "--out", "OUT/x"], "digits is grey"),
+        (["reconstruct", "MODEL", "MODEL", "--out", "OUT"], "no picture"),
+    ],
+)
+def test_clear_errors_and_nothing_left(trained, tmp_path, capsys, arguments, message):
+    places = {"OUT": str(tmp_path), "MODEL": str(trained)}
+    for short, long in places.items():
+        arguments = [argument.replace(short, long) for argument in arguments]
+    assert main(arguments) == 1
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.glob("**/*.png"))
+
+
+@pytest.mark.parametrize("size", ["64", "64x", "0x64", "axb"])
+def test_sizes_that_are_none(trained, size, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["sample", str(trained), "--size", size, "--out", "x.png"])
+    assert stop.value.code == 2
+    assert "expected" in capsys.readouterr().err
+
+
+def test_a_damaged_bundle_is_never_used(trained, tmp_path):
+    for damaged in ("model.safetensors", "prior.safetensors", "bundle.json"):
+        folder = tmp_path / damaged
+        folder.mkdir()
+        for path in trained.iterdir():
+            (folder / path.name).write_bytes(path.read_bytes())
+        if damaged == "bundle.json":
+            about = json.loads((folder / damaged).read_text())
+            about["config"]["arm"] = "transformer"
+            (folder / damaged).write_text(json.dumps(about))
+        else:
+            content = (folder / damaged).read_bytes()
+            (folder / damaged).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        with pytest.raises(bundle.BundleError, match=r"damaged|does not fit"):
+            bundle.load(folder)
+        (folder / damaged).unlink()
+        with pytest.raises(bundle.BundleError, match=r"incomplete|it has no bundle\.json"):
+            bundle.load(folder)
+
+
+def test_the_bundle_is_what_was_trained(trained, build, monkeypatch):
+    loaded = bundle.load(trained)
+    about = Config(**loaded.about["config"])
+    monkeypatch.setenv("VAENB_BUILD", str(build))
+    again = fit(about)  # anew: this test's store is empty
+    z = torch.randn(3, *loaded.model.latent_shape)
+    torch.testing.assert_close(loaded.model.decode(z).mean, again.model.decode(z).mean, atol=0, rtol=0)

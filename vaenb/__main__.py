@@ -1,0 +1,153 @@
+"""The command line: ``python -m vaenb train|reconstruct|sample|info``. The notebooks call the same functions."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from vaenb import bundle, canvas, data, ladder, pictures
+from vaenb.config import PRESETS, Config
+from vaenb.photographs import SIDE
+from vaenb.train import TrainingDiverged, fit
+
+ABOUT = """\
+Fully convolutional VAEs of photographs of any size: train one on 64×64 tiles, then send images of any size through it, or
+draw new ones of any size from its learned prior.
+
+  python -m vaenb train eurosat --out land            a VAE and its prior, into the folder land/
+  python -m vaenb reconstruct land scene.jpg --out r   r/scene.png: the scene through encoder and decoder
+  python -m vaenb sample land --size 1024x2048 --out new.png
+  python -m vaenb info land
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; the exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except KeyboardInterrupt:
+        print("interrupted: training goes on from the last complete epoch with the same command", file=sys.stderr)
+        return 130
+    except (ValueError, data.DataError, TrainingDiverged, OSError) as error:  # the message says what to do
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def train(options: argparse.Namespace) -> None:
+    """Train a VAE and fit its prior; both are kept in the run store, and copied to a folder."""
+    images = data.load(options.data)
+    if images.image_shape[0] != 3:
+        raise ValueError(f"{options.data} is grey: choose one of {', '.join(data.PHOTOGRAPHS)}")
+    options.out.mkdir(parents=True, exist_ok=True)  # before minutes of training
+    print(f"{images.title}: {len(images.train):,} training and {len(images.test):,} test images")
+    settings = {**PRESETS[options.preset], **({"epochs": options.epochs} if options.epochs else {})}
+    run = fit(Config(options.data, latent_size=images.image_shape[1] // 4, seed=options.seed, **settings))
+    repaired = ladder.repair(run, "stationary flow", count=2 * len(images.train))
+    bundle.save(repaired, options.out)
+    print(f"{options.out}: a VAE and its prior, ready for reconstruct and sample")
+
+
+def reconstruct(options: argparse.Namespace) -> None:
+    """Send images through encoder and decoder."""
+    model = bundle.load(options.model).model
+    jobs = [(path, options.out / f"{path.stem}.png") for path in pictures.files(options.images)]
+    made = [out.resolve() for _, out in jobs]
+    if len(set(made)) < len(made) or {path.resolve() for path, _ in jobs} & set(made):
+        raise ValueError("two pictures would have one name, or one would replace its original: choose another --out")
+    options.out.mkdir(parents=True, exist_ok=True)
+    for path, out in jobs:
+        image = torch.from_numpy(pictures.read(path).copy()).permute(2, 0, 1)
+        pictures.write_png(out, canvas.reconstruct(model, image, options.tile), image.shape[1:], 3)
+        print(out)
+
+
+def sample(options: argparse.Namespace) -> None:
+    """Draw new images."""
+    loaded = bundle.load(options.model)
+    grid = loaded.model.grid(options.size)
+    for index in range(options.count):
+        z = loaded.prior.sample(1, grid, seed=options.seed + index)[0]
+        out = options.out if options.count == 1 else options.out.with_stem(f"{options.out.stem}-{index}")
+        pictures.write_png(out, canvas.render(loaded.model, z, options.size, options.tile), options.size, 3)
+        print(out)
+
+
+def info(options: argparse.Namespace) -> None:
+    """Say what a folder holds, or what a data set has."""
+    if options.what not in data.PHOTOGRAPHS and Path(options.what).is_dir():
+        loaded = bundle.load(Path(options.what))
+        halos, parameters = canvas.halos(loaded.model), sum(p.numel() for p in loaded.model.parameters())
+        print(f"trained on {loaded.about['data']}\n{loaded.about['config']}")
+        print(f"{parameters:,} parameters; prior: {loaded.about['rung']}, {loaded.prior.parameter_count():,} parameters")
+        print(
+            f"a latent position for every {loaded.model.stride}×{loaded.model.stride} pixels; tiles overlap by {halos[0]} "
+            f"of them to encode and by {halos[1]} to decode"
+        )
+    else:
+        images = data.load(options.what)
+        print(
+            f"{images.title}: {len(images.train):,} training and {len(images.test):,} test images of {images.image_shape}, "
+            f"fingerprint {images.fingerprint}"
+        )
+
+
+def _size(text: str) -> tuple[int, int]:
+    try:
+        height, width = (int(side) for side in text.lower().replace("×", "x").split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected HEIGHTxWIDTH in pixels, such as 512x1024") from None
+    if min(height, width) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected at least one pixel each way")
+    return height, width
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of at least 1")
+    return int(text)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "python -m vaenb", description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    command = commands.add_parser("train", help=train.__doc__, description=train.__doc__)
+    command.add_argument("data", metavar="DATA", help=f"{', '.join(data.PHOTOGRAPHS)}: see the module vaenb.photographs")
+    command.add_argument("--out", type=Path, required=True, help="folder for the trained model")
+    command.add_argument("--preset", choices=PRESETS, default="small", help="small: minutes on two cores; large: for a GPU")
+    command.add_argument("--epochs", type=_count, help="instead of the preset's")
+    command.add_argument("--seed", type=int, default=0)
+    command.set_defaults(run=train)
+
+    tile = {"type": _count, "default": canvas.TILE, "help": "side of a tile in latent positions: memory against speed"}
+    command = commands.add_parser("reconstruct", help=reconstruct.__doc__, description=reconstruct.__doc__)
+    command.add_argument("model", type=Path, metavar="MODEL", help="folder that train wrote")
+    command.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="files, or folders of files, of any size")
+    command.add_argument("--out", type=Path, required=True, help="folder for the pictures, PNG")
+    command.add_argument("--tile", **tile)
+    command.set_defaults(run=reconstruct)
+
+    command = commands.add_parser("sample", help=sample.__doc__, description=sample.__doc__)
+    command.add_argument("model", type=Path, metavar="MODEL", help="folder that train wrote")
+    command.add_argument(
+        "--size", type=_size, default=(SIDE, SIDE), metavar="HxW", help=f"in pixels (default: {SIDE}x{SIDE})"
+    )
+    command.add_argument("--count", type=_count, default=1, help="how many; more than one are numbered")
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--out", type=Path, required=True, help="the picture, ending in .png")
+    command.add_argument("--tile", **tile)
+    command.set_defaults(run=sample)
+
+    command = commands.add_parser("info", help=info.__doc__, description=info.__doc__)
+    command.add_argument("what", metavar="MODEL|DATA", help="a folder that train wrote, or a data set")
+    command.set_defaults(run=info)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
