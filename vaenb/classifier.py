@@ -67,7 +67,7 @@ def classifier(dataset: str) -> Classifier:
     images = data.load(dataset)
     spec = {"dataset": dataset, "data": images.fingerprint, "torch": torch.__version__}
     code = [data, sys.modules[__name__]]
-    folder = runs.entry(f"classifier-{dataset}", spec, code, lambda folder: _train(images, folder))
+    folder = runs.entry(f"classifier-{data.slug(dataset)}", spec, code, lambda folder: _train(images, folder))
     network = Classifier()
     network.load_state_dict(safetensors.torch.load_file(folder / "classifier.safetensors"))
     return network.eval().requires_grad_(False)

@@ -2,8 +2,8 @@
 
 ``mnist`` and ``fashion`` come through torchvision; their files are looked for in ``$VAENB_DATA``, ``../shared/data`` and
 ``build/data``, and downloaded if they are in none of them. ``digits`` (the handwritten digits that scikit-learn carries)
-needs no network, nor do the ``texture-*`` sets, which are drawn here. A folder that is given is only read: verified files
-are copied to ``build/data``.
+needs no network, nor do the ``texture-*`` sets, which are drawn here, and ``folder:PATH``, see ``vaenb.folders``. The folder
+``$VAENB_DATA`` is only read: verified files are copied to ``build/data``.
 """
 
 import functools
@@ -13,6 +13,7 @@ import os
 import socket
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,8 @@ import torch
 from scipy import fft, special
 from torch import Tensor
 
+from vaenb import folders
+from vaenb.folders import DataError, FolderSet
 from vaenb.runs import ROOT, build_folder, write_atomically
 
 TITLES = {
@@ -31,10 +34,6 @@ TITLES = {
 TEXTURE_LENGTHS = (1, 2, 4, 8)  # pixels
 TEXTURES = {f"texture-{length}": f"stationary texture, correlation length {length} px" for length in TEXTURE_LENGTHS}
 DOWNLOAD_TIMEOUT = 20.0  # seconds without an answer
-
-
-class DataError(Exception):
-    """The data set cannot be had, or a file of it is not what it should be."""
 
 
 @dataclass(frozen=True)
@@ -65,16 +64,37 @@ class ImageSet:
         """(C, H, W) of one image."""
         return tuple(self.train.shape[1:])
 
+    def batches(
+        self, draw: torch.Generator, batch_size: int, share: Callable[[Tensor], Tensor], device: torch.device
+    ) -> Iterator[Tensor]:
+        """One epoch of training images in a random order.
+
+        Args:
+            draw: where the order is from; it is drawn when the first batch is asked for.
+            batch_size: of the last batch at most.
+            share: the part of a batch that is wanted, such as ``processes.share``; takes and returns indices, (N,).
+            device: where the images shall be.
+
+        Yields:
+            That part of each batch: uint8, (n, C, H, W).
+        """
+        train = self.train.to(device)
+        for batch in torch.randperm(len(train), generator=draw).split(batch_size):
+            yield train[share(batch).to(device)]
+
 
 @functools.lru_cache(maxsize=2)
-def load(name: str) -> ImageSet:
+def load(name: str) -> ImageSet | FolderSet:
     """Load a data set by name.
 
     Raises:
-        DataError: unknown name; no copy found and none downloadable; a file that does not match its checksum.
+        DataError: unknown name; no copy found and none downloadable; a file that does not match its checksum; a folder
+            without images that can be used, see ``folders.load``.
     """
+    if name.startswith("folder"):
+        return folders.load(name)
     if name not in TITLES | TEXTURES:
-        raise DataError(f"unknown data set {name!r}: choose one of {', '.join(TITLES | TEXTURES)}")
+        raise DataError(f"unknown data set {name!r}: choose one of {', '.join(TITLES | TEXTURES)}, folder:PATH")
     if name in TEXTURES:
         tensors = _draw_textures(float(name.removeprefix("texture-")))
     else:
@@ -86,6 +106,11 @@ def load(name: str) -> ImageSet:
     return ImageSet(name, *tensors, fingerprint=digest.hexdigest()[:16])
 
 
+def slug(name: str) -> str:
+    """The name of a data set as a part of file names."""
+    return folders.slug(name) if folders.NAME.fullmatch(name) else name
+
+
 def resolve(name: str) -> str:
     """The data set that ``auto`` means on this machine: MNIST if it is here or can be fetched, else the embedded digits.
 
@@ -95,8 +120,8 @@ def resolve(name: str) -> str:
         DataError: unknown name; MNIST is here but damaged (a damaged file is never a reason to use other data).
     """
     if name != "auto":
-        if name not in TITLES:
-            raise DataError(f"unknown data set {name!r}: choose auto or one of {', '.join(TITLES)}")
+        if name not in TITLES and not folders.NAME.fullmatch(name):
+            raise DataError(f"unknown data set {name!r}: choose auto or one of {', '.join(TITLES)}, folder:PATH")
         return name
     try:
         _raw_folder("mnist")
