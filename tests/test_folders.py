@@ -219,7 +219,7 @@ def test_few_broken_files_are_named_and_skipped_many_are_refused(photos):
     with pytest.warns(UserWarning, match=r"2 of 26 image files in .* cannot be read: empty.png \(.*\), junk.jpg \(no image"):
         images = load(photos)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # said once
+        warnings.simplefilter("error", UserWarning)  # said once
         assert len(torch.cat(epoch(images))) == len(images.train)
     for number in range(7):
         (photos / f"junk{number}.jpg").write_bytes(b"not a picture")
@@ -240,7 +240,7 @@ def test_truncated_files_are_found_while_streaming_and_replaced_by_others_the_sa
         with pytest.warns(UserWarning, match=rf"1 of 24 image files .*{victim} \("):
             results.append(torch.cat(epoch(images)))
         with warnings.catch_warnings():
-            warnings.simplefilter("error")
+            warnings.simplefilter("error", UserWarning)
             epoch(images, seed=1)
     assert torch.equal(*results)
     assert len(results[0]) == len(images.train)

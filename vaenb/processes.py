@@ -94,8 +94,10 @@ def broadcast(content: bytes = b"") -> bytes:
     device = _device()
     size = torch.tensor([len(content)], device=device)
     dist.broadcast(size, src=0)
+    if not size:
+        return b""
     tensor = torch.zeros(int(size), dtype=torch.uint8, device=device)
-    if rank() == 0 and content:
+    if rank() == 0:
         tensor.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
     dist.broadcast(tensor, src=0)
     return tensor.cpu().numpy().tobytes()
