@@ -63,7 +63,7 @@ def torchrun():
 
 def fabric_run():
     where = ["--main-address=127.0.0.1", f"--main-port={free_port()}"]
-    return [sys.executable, "-m", "lightning_fabric.cli", "run", "--accelerator=cpu", "--devices=2", *where]
+    return [sys.executable, "-m", "lightning_fabric.cli", "--accelerator=cpu", "--devices=2", *where]
 
 
 def read_until(process, text):

@@ -1,5 +1,6 @@
 import dataclasses
 import os
+import re
 import shutil
 import warnings
 import weakref
@@ -51,7 +52,7 @@ def epoch(images, seed=0, batch_size=7, share=lambda batch: batch):
 
 
 def truncate(path):
-    os.truncate(path, path.stat().st_size - 200)
+    os.truncate(path, path.stat().st_size // 2)
 
 
 def numbers_of(crops):
@@ -64,7 +65,7 @@ def test_every_crop_is_a_piece_of_one_file(photos):
     for crops in (torch.cat(epoch(images)), images.test, images.train[:]):
         assert crops.dtype == torch.uint8
         for crop in crops:
-            number = crop[2, 0, 0]
+            number = crop[2, 0, 0].item()
             expected = torch.from_numpy(np.asarray(picture(SIDE, SIDE, number)).transpose(2, 0, 1).copy())
             expected[:2] += crop[:2, :1, :1]
             assert torch.equal(crop, expected)
@@ -146,13 +147,13 @@ def test_the_shares_of_several_processes_are_together_the_batch_of_one(photos):
 
 
 def test_one_image_at_a_time_is_decoded(photos, monkeypatch):
-    images, alive, most = load(photos), weakref.WeakSet(), []
+    images, opened, most = load(photos), [], []
     real = Image.open
 
     def counted(*arguments, **keywords):
         image = real(*arguments, **keywords)
-        alive.add(image)
-        most.append(len(alive))
+        opened.append(weakref.ref(image))
+        most.append(sum(reference() is not None for reference in opened))
         return image
 
     monkeypatch.setattr(Image, "open", counted)
@@ -196,7 +197,7 @@ def palette():
         (palette(), "x.png", (10, 20, 30)),
         (palette(), "x.gif", (10, 20, 30)),
         (Image.fromarray(np.full((SIDE, SIDE), 129 * 257, dtype=np.uint16)), "x.png", (129, 129, 129)),
-        (Image.fromarray(np.full((SIDE, SIDE), 129 * 257, dtype=np.uint16)), "x.tif", (129, 129, 129)),
+        (grey("I;16", 129 * 257), "x.tif", (129, 129, 129)),
         (grey("CMYK", (0, 255, 0, 0)), "x.tif", (255, 0, 255)),
         (grey("RGB", (1, 2, 3)), "x.ppm", (1, 2, 3)),
     ],
@@ -223,7 +224,8 @@ def test_few_broken_files_are_named_and_skipped_many_are_refused(photos):
         assert len(torch.cat(epoch(images))) == len(images.train)
     for number in range(7):
         (photos / f"junk{number}.jpg").write_bytes(b"not a picture")
-    with pytest.raises(data.DataError, match=r"9 of 33 .*junk\.jpg \(.* and 4 more: more than 10%.*repair or remove") as caught:
+    message = r"9 of 33 .*junk\.jpg \(.* and 4 more: more than 10%.*repair or remove"
+    with pytest.raises(data.DataError, match=message) as caught:
         load(photos)
     assert "junk6" not in str(caught.value)
 
@@ -237,7 +239,7 @@ def test_truncated_files_are_found_while_streaming_and_replaced_by_others_the_sa
     for workers in ("0", "2"):
         monkeypatch.setenv("VAENB_WORKERS", workers)
         images = load(photos)
-        with pytest.warns(UserWarning, match=rf"1 of 24 image files .*{victim} \("):
+        with pytest.warns(UserWarning, match=rf"1 of 24 image files .*{re.escape(victim)} \("):
             results.append(torch.cat(epoch(images)))
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)
@@ -250,9 +252,8 @@ def test_truncated_files_are_found_while_streaming_and_replaced_by_others_the_sa
 def test_many_truncated_files_stop_the_training(photos):
     for path in load(photos).train.files:
         truncate(photos / path)
-    images = load(photos)
     with pytest.raises(data.DataError, match="not one of|more than 10%"):
-        epoch(images)
+        epoch(load(photos))
 
 
 def test_a_truncated_test_file_is_left_out(photos):

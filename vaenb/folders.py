@@ -191,7 +191,7 @@ class FolderSet:
         crops.broken.add(broken)
         crops.broken.warn()
         if not result:
-            raise DataError(f"none of the {len(crops.files)} held-out image files in {crops.root} can be decoded. {crops.broken}")
+            raise DataError(f"none of the {len(crops.files)} held-out files in {crops.root} can be decoded: {crops.broken}")
         return torch.stack(result)
 
     @property
@@ -289,7 +289,7 @@ def load(name: str) -> FolderSet:
         )
     if len(large) < len(sizes):
         warnings.warn(
-            f"skipping {len(sizes) - len(large)} of {len(sizes)} images in {root}, smaller than a crop of {side}×{side} pixels",
+            f"skipping {len(sizes) - len(large)} of {len(sizes)} images in {root}, smaller than crops of {side}×{side}",
             stacklevel=2,
         )
     if len(large) < 2:

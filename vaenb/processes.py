@@ -199,6 +199,6 @@ def _watching() -> Iterator[None]:
         if not broken:
             raise
         raise ProcessLost(
-            f"process {rank()} of {count()} stops: another one has stopped, or did not answer for {TIMEOUT} (hours, minutes, "
-            "seconds). Completed epochs are kept: run the same command again, with as many processes as you like"
+            f"process {rank()} of {count()} stops: another one has stopped, or did not answer for {TIMEOUT} (h:min:s)."
+            " Completed epochs are kept: run the same command again, with as many processes as you like"
         ) from error
