@@ -84,7 +84,7 @@ def check_same(run, expected):
         assert run.history[column] == pytest.approx(values, rel=1e-5)
     for name, tensor in weights(expected).items():
         difference = (weights(run)[name] - tensor).norm() / tensor.norm()
-        assert difference < 1e-4, name  # TODO tolerance
+        assert difference < 1e-5, name
 
 
 def interrupt(config, monkeypatch):
