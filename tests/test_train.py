@@ -12,7 +12,7 @@ import torch
 
 from vaenb import data, likelihood, models, runs
 from vaenb.config import Config, ConfigError, effective_beta, loss_of
-from vaenb.train import HISTORY, TrainingDiverged, fit, fit_all, schedule
+from vaenb.train import TrainingDiverged, fit, fit_all, schedule
 
 TINY = Config("digits", "dense", latents=8, epochs=2)
 # a process of its own, as a notebook is

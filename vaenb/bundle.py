@@ -1,8 +1,8 @@
 """A trained VAE and its prior in one folder that can be copied anywhere: what the command line works with.
 
-    bundle.json         what is needed to build them, and checksums
-    model.safetensors   weights of the VAE
-    prior.safetensors   of the prior
+bundle.json         what is needed to build them, and checksums
+model.safetensors   weights of the VAE
+prior.safetensors   of the prior
 """
 
 import dataclasses

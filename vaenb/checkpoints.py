@@ -6,17 +6,21 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
+from lightning_fabric.plugins.precision import Precision
 from torch import Tensor, nn
 
 from vaenb.runs import write_atomically
 
 
-def save(folder: Path, model: nn.Module, optimiser: torch.optim.Optimizer, history: list[list[float]]) -> None:
+def save(
+    folder: Path, model: nn.Module, optimiser: torch.optim.Optimizer, precision: Precision, history: list[list[float]]
+) -> None:
     """Keep what the next epoch needs in one file whose name carries its own checksum; drop the one before."""
     state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     for index, moments in optimiser.state_dict()["state"].items():
         state |= {f"optimiser.{index}.{name}": tensor for name, tensor in moments.items()}
+    for name, value in precision.state_dict().items():  # the scale of losses in 16 bits, none otherwise
+        state[f"precision.{name}"] = torch.tensor(value, dtype=torch.float64)
     state["history"] = torch.tensor(history, dtype=torch.float64)
     content = safetensors.torch.save(contiguous(state))
     older = list(folder.glob("checkpoint-*"))
@@ -26,32 +30,37 @@ def save(folder: Path, model: nn.Module, optimiser: torch.optim.Optimizer, histo
         path.unlink()
 
 
-def restore(folder: Path, model: nn.Module, optimiser: torch.optim.Optimizer) -> list[list[float]]:
-    """Load the newest intact checkpoint into model and optimiser; its history, [] if there is none."""
+def newest(folder: Path) -> bytes:
+    """The content of the newest intact checkpoint, for ``restore``; nothing if there is none."""
     for path in sorted(folder.glob("checkpoint-*"), reverse=True):
         content = path.read_bytes()
-        try:
-            if hashlib.sha256(content).hexdigest()[:16] != path.stem.rsplit("-", 1)[-1]:
-                raise ValueError("does not match its checksum")
-            state = safetensors.torch.load(content)
-        except (ValueError, SafetensorError) as error:
-            warnings.warn(f"ignoring the damaged checkpoint {path}: {error}", stacklevel=2)
-            path.unlink()
-            continue
-        history = state.pop("history").tolist()
-        model.load_state_dict({name[6:]: tensor for name, tensor in state.items() if name.startswith("model.")})
-        moments: dict[int, dict[str, Tensor]] = {}
-        parameters = list(model.parameters())
-        for name, tensor in state.items():
-            if name.startswith("optimiser."):
-                _, index, moment = name.split(".")
-                like = parameters[int(index)]
-                if tensor.shape == like.shape:  # the fused optimiser needs the parameter's memory layout
-                    tensor = torch.empty_like(like).copy_(tensor)
-                moments.setdefault(int(index), {})[moment] = tensor
-        optimiser.load_state_dict({**optimiser.state_dict(), "state": moments})
-        return history
-    return []
+        if hashlib.sha256(content).hexdigest()[:16] == path.stem.rsplit("-", 1)[-1]:
+            return content
+        warnings.warn(f"ignoring the damaged checkpoint {path}: does not match its checksum", stacklevel=2)
+        path.unlink()
+    return b""
+
+
+def restore(content: bytes, model: nn.Module, optimiser: torch.optim.Optimizer, precision: Precision) -> list[list[float]]:
+    """Load what ``newest`` returned into model, optimiser and precision; its history, [] if there is none."""
+    if not content:
+        return []
+    state = safetensors.torch.load(content)
+    history = state.pop("history").tolist()
+    model.load_state_dict({name[6:]: tensor for name, tensor in state.items() if name.startswith("model.")})
+    moments: dict[int, dict[str, Tensor]] = {}
+    parameters = list(model.parameters())
+    for name, tensor in state.items():
+        if name.startswith("optimiser."):
+            _, index, moment = name.split(".")
+            like = parameters[int(index)]
+            if tensor.shape == like.shape:  # the fused optimiser needs the parameter's memory layout
+                tensor = torch.empty_like(like).copy_(tensor)
+            moments.setdefault(int(index), {})[moment] = tensor
+    optimiser.load_state_dict({**optimiser.state_dict(), "state": moments})
+    fresh = precision.state_dict()
+    precision.load_state_dict({name: type(value)(state[f"precision.{name}"].item()) for name, value in fresh.items()})
+    return history
 
 
 def contiguous(state: dict[str, Tensor]) -> dict[str, Tensor]:

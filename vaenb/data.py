@@ -2,8 +2,8 @@
 
 ``mnist`` and ``fashion`` come through torchvision; their files are looked for in ``$VAENB_DATA``, ``../shared/data`` and
 ``build/data``, and downloaded if they are in none of them. ``digits`` (the handwritten digits that scikit-learn carries)
-needs no network, nor do the ``texture-*`` sets, which are drawn here. For ``eurosat`` and ``photos`` see ``photographs``.
-A folder that is given is only read: verified files are copied to ``build/data``.
+needs no network, nor do the ``texture-*`` sets, which are drawn here. ``eurosat`` and ``photos`` are of ``photographs``,
+``folder:PATH`` of ``folders``. The folder ``$VAENB_DATA`` is only read: verified files are copied to ``build/data``.
 """
 
 import functools
@@ -13,7 +13,7 @@ import os
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,8 @@ import torch
 from scipy import fft, special
 from torch import Tensor
 
-from vaenb import photographs
+from vaenb import folders, photographs
+from vaenb.folders import DataError, FolderSet
 from vaenb.runs import ROOT, build_folder, write_atomically
 
 TITLES = {
@@ -38,10 +39,6 @@ PHOTOGRAPHS = {
     "photos": "crops of the two photographs that scikit-learn carries, the embedded stand-in for satellite images",
 }
 DOWNLOAD_TIMEOUT = 20.0  # seconds without an answer
-
-
-class DataError(Exception):
-    """The data set cannot be had, or a file of it is not what it should be."""
 
 
 @dataclass(frozen=True)
@@ -75,17 +72,38 @@ class ImageSet:
         """(C, H, W) of one image."""
         return tuple(self.train.shape[1:])
 
+    def batches(
+        self, draw: torch.Generator, batch_size: int, share: Callable[[Tensor], Tensor], device: torch.device
+    ) -> Iterator[Tensor]:
+        """One epoch of training images in a random order.
+
+        Args:
+            draw: where the order is from; it is drawn when the first batch is asked for.
+            batch_size: of the last batch at most.
+            share: the part of a batch that is wanted, such as ``processes.share``; takes and returns indices, (N,).
+            device: where the images shall be.
+
+        Yields:
+            That part of each batch: uint8, (n, C, H, W).
+        """
+        train = self.train.to(device)
+        for batch in torch.randperm(len(train), generator=draw).split(batch_size):
+            yield train[share(batch).to(device)]
+
 
 @functools.lru_cache(maxsize=2)
-def load(name: str) -> ImageSet:
+def load(name: str) -> ImageSet | FolderSet:
     """Load a data set by name.
 
     Raises:
-        DataError: unknown name; no copy found and none downloadable; a file that does not match its checksum.
+        DataError: unknown name; no copy found and none downloadable; a file that does not match its checksum; a folder
+            without images that can be used, see ``folders.load``.
     """
+    if name.startswith("folder"):
+        return folders.load(name)
     known = TITLES | TEXTURES | PHOTOGRAPHS
     if name not in known:
-        raise DataError(f"unknown data set {name!r}: choose one of {', '.join(known)}")
+        raise DataError(f"unknown data set {name!r}: choose one of {', '.join(known)}, folder:PATH")
     if name in PHOTOGRAPHS:
         tensors = _load_photographs(name)
     elif name in TEXTURES:
@@ -99,6 +117,11 @@ def load(name: str) -> ImageSet:
     return ImageSet(name, *tensors, fingerprint=digest.hexdigest()[:16])
 
 
+def slug(name: str) -> str:
+    """The name of a data set as a part of file names."""
+    return folders.slug(name) if folders.NAME.fullmatch(name) else name
+
+
 def resolve(name: str) -> str:
     """The data set that ``auto`` means on this machine: MNIST if it is here or can be fetched, else the embedded digits.
 
@@ -108,8 +131,8 @@ def resolve(name: str) -> str:
         DataError: unknown name; MNIST is here but damaged (a damaged file is never a reason to use other data).
     """
     if name != "auto":
-        if name not in TITLES:
-            raise DataError(f"unknown data set {name!r}: choose auto or one of {', '.join(TITLES)}")
+        if name not in TITLES and not folders.NAME.fullmatch(name):
+            raise DataError(f"unknown data set {name!r}: choose auto or one of {', '.join(TITLES)}, folder:PATH")
         return name
     try:
         _raw_folder("mnist")
@@ -132,7 +155,7 @@ def bases() -> list[Path]:
 
 
 def resolve_photographs(name: str = "auto") -> str:
-    """What ``auto`` means on this machine: EuroSAT if it is here, in part or whole, or can be fetched; else the embedded ones.
+    """What ``auto`` means here: EuroSAT if it is here, in part or whole, or can be fetched; else the embedded ones.
 
     Any other name stands for itself and never falls back. The choice of ``photos`` is announced on standard output.
 

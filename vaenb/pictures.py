@@ -1,47 +1,73 @@
-"""Picture files: any format in, PNG out, written as it is made."""
+"""Picture files: many formats in, always as 8-bit RGB; PNG out, written as it is made."""
 
 import os
-import struct
-import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import png
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-
+FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "GIF", "BMP", "PPM", "TGA", "JPEG2000", "AVIF")  # none that runs other programs
+EXTENSIONS = {
+    ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".tif", ".tiff", ".webp", ".gif", ".bmp", ".dib", ".ppm", ".pgm",
+    ".pbm", ".pnm", ".tga", ".jp2", ".j2k", ".avif",
+}  # fmt: skip
 Image.MAX_IMAGE_PIXELS = None  # satellite scenes are larger than what Pillow takes for an attack
-DAMAGE = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, struct.error, zlib.error)  # as decoders say it
 
 
 class PictureError(ValueError):
     """A file is not the picture that it should be."""
 
 
-def read(path: Path) -> np.ndarray:
-    """A picture file as 8-bit RGB, (H, W, 3), turned upright as its camera says.
+class Unreadable(PictureError):
+    """A file that cannot be decoded, with the ``reason``."""
 
-    Grey is repeated, transparency laid on black. Of 16 bits the upper 8 are kept; grey floats are from 0 to 1.
+    def __init__(self, path: Path, reason: str):
+        super().__init__(f"{path} cannot be read as a picture: {reason}")
+        self.reason = reason
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Image.Image]:
+    """A picture of which only the header has been read; of an animation, the first one.
 
     Raises:
-        PictureError: not a picture, damaged, cut short, or with floats outside [0, 1]; the message names the file.
+        Unreadable: here, or while the picture is decoded inside the block.
     """
     try:
-        with Image.open(path) as file:
-            picture = ImageOps.exif_transpose(file)
-            if picture.mode == "F" or picture.mode.startswith("I"):
-                grey = np.asarray(picture, dtype=np.float64) / (1 if picture.mode == "F" else 65535)
-                if not (grey.min() >= 0 and grey.max() <= 1):
-                    raise ValueError(f"grey values from {grey.min():g} to {grey.max():g}, expected 0 to 1 (or 16 bits)")
-                return np.repeat((grey * 255).round().astype(np.uint8)[..., None], 3, axis=2)
-            if picture.has_transparency_data:
-                black = Image.new("RGBA", picture.size, "black")
-                return np.asarray(Image.alpha_composite(black, picture.convert("RGBA")).convert("RGB"))
-            return np.asarray(picture.convert("RGB"))
-    except DAMAGE as error:
-        raise PictureError(f"{path} cannot be read as a picture: {error}") from error
+        with Image.open(path, formats=FORMATS) as picture:
+            if picture.mode == "F":
+                raise Unreadable(path, "pixels are floating-point numbers, of which nobody knows what is white")
+            yield picture
+    except Unreadable:
+        raise
+    except Exception as error:  # damaged files make Pillow's decoders raise whatever they happen to run into
+        reason = "no image of a known format" if isinstance(error, UnidentifiedImageError) else str(error)
+        raise Unreadable(path, reason or type(error).__name__) from error
+
+
+def rgb(picture: Image.Image) -> np.ndarray:
+    """8 bits of red, green and blue, uint8, (H, W, 3): grey repeated, transparency on black, 16 bits scaled to 8."""
+    if picture.mode.startswith("I"):  # 16 bits of grey, which Pillow would cut off at 255
+        grey = np.asarray(picture).clip(0, 65_535).astype(np.uint32)
+        return np.repeat(((grey + 128) // 257).astype(np.uint8)[..., None], 3, axis=2)
+    if picture.has_transparency_data:
+        rgba = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", rgba.size, "black"), rgba)
+    return np.asarray(picture.convert("RGB"))
+
+
+def read(path: Path) -> np.ndarray:
+    """A whole picture, see ``rgb``, turned upright as its camera says.
+
+    Raises:
+        Unreadable: not a picture, damaged, cut short, or of floating-point numbers; the message names the file.
+    """
+    with opened(path) as picture:
+        return rgb(ImageOps.exif_transpose(picture))
 
 
 def files(paths: Iterable[Path]) -> list[Path]:
@@ -53,7 +79,7 @@ def files(paths: Iterable[Path]) -> list[Path]:
     found = []
     for path in paths:
         inside = sorted(path.iterdir()) if path.is_dir() else []
-        pictures = [p for p in inside if p.suffix.lower() in Image.registered_extensions() and not p.name.startswith(".")]
+        pictures = [p for p in inside if p.suffix.lower() in EXTENSIONS and not p.name.startswith(".")]
         found += pictures if path.is_dir() else [path]
     if not found:
         raise PictureError(f"no picture files in {', '.join(map(str, paths))}")

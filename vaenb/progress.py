@@ -12,6 +12,8 @@ from types import TracebackType
 import tqdm.auto
 import tqdm.std
 
+from vaenb import processes
+
 
 class Progress:
     """Counts steps. Used as ``with Progress(label, total) as progress``; writes to standard error."""
@@ -19,6 +21,8 @@ class Progress:
     def __init__(self, label: str, total: int, done: int = 0):
         self.label, self.total, self.started = label, total, time.monotonic()
         mode = os.environ.get("VAENB_PROGRESS", "auto")
+        if processes.rank() > 0:  # the first of several processes shows it
+            mode = "off"
         watched = sys.stderr.isatty() or "ipykernel" in sys.modules
         self.plain = mode == "plain" or (mode == "auto" and not watched)
         self.bar = None

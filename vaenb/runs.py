@@ -26,7 +26,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 ROOT = Path(__file__).resolve().parents[1]
-PLUMBING = ("vaenb.runs", "vaenb.progress")  # modules that store and show results, and change none
+PLUMBING = ("vaenb.runs", "vaenb.progress", "vaenb.processes")  # modules that store and show results, and change none
 CHECKSUMS = "SHA256SUMS"  # in the format of sha256sum(1), so that anybody can check an entry
 
 

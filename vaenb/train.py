@@ -21,10 +21,9 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from lightning_fabric import Fabric
 
-from vaenb import checkpoints, data, models, pixels, runs
-from vaenb.config import Config, loss_of
+from vaenb import checkpoints, data, folders, models, pixels, processes, runs
+from vaenb.config import Config, ConfigError, loss_of
 from vaenb.progress import Progress
 
 WARM_UP = 0.05  # share of all steps
@@ -54,7 +53,7 @@ class Run:
         return model.eval().requires_grad_(False)
 
     @functools.cached_property
-    def images(self) -> data.ImageSet:
+    def images(self) -> data.ImageSet | data.FolderSet:
         """The data that the run was trained on."""
         return data.load(self.config.dataset)
 
@@ -97,7 +96,9 @@ def fit(config: Config, wait: bool = True) -> Run:
     """The trained run of this configuration: from the store if it is there, else trained now and stored.
 
     It trains on a GPU if there is one, else on one CPU thread: two runs side by side on two cores beat one run on both,
-    and the number of threads is part of what makes a run repeat bit for bit.
+    and the number of threads is part of what makes a run repeat bit for bit. In a script that ``torchrun`` or ``fabric run``
+    started in several processes, on one machine or many, they train each run together, to the same curve up to the order
+    of summation. ``batch_size`` is that of all of them together.
 
     Args:
         config: what to train.
@@ -105,14 +106,22 @@ def fit(config: Config, wait: bool = True) -> Run:
 
     Raises:
         TrainingDiverged: NaN or exploding loss; the last good checkpoint stays.
-        ConfigError: a map size that images of this data set do not have.
+        ConfigError: a map size that images of this data set do not have; more processes than images in a batch.
         data.DataError: unknown, missing or damaged data.
         runs.DiskFull: no space; the last complete checkpoint stays.
+        processes.ProcessLost: another process of the job stopped or hangs; the last complete checkpoint stays.
     """
     images = data.load(config.dataset)
     config.stride(images.image_shape[1:])  # a wrong map size must fail before anything is written
+    smallest = len(images.train) % config.batch_size or config.batch_size  # batch, which is the last one
+    if smallest < processes.count():
+        raise ConfigError(
+            f"{processes.count()} processes share batches of {config.batch_size}, and the last one of {len(images.train)} "
+            f"images has {smallest}: start at most {smallest}, or change batch_size"
+        )
     spec = {"config": dataclasses.asdict(config), "data": images.fingerprint, "torch": torch.__version__}
-    return Run(config, runs.entry(config.label, spec, CODE, lambda folder: _train(config, images, folder), wait))
+    code = [*CODE, folders] if isinstance(images, data.FolderSet) else CODE
+    return Run(config, processes.entry(config.label, spec, code, functools.partial(_train, config, images), wait))
 
 
 def fit_all(configs: Sequence[Config], measures: Sequence[Callable[..., dict[str, Any]]] = ()) -> list[Run]:
@@ -133,7 +142,7 @@ def fit_all(configs: Sequence[Config], measures: Sequence[Callable[..., dict[str
             try:
                 run = fit(config, wait=wait)
                 for function in measures:
-                    run.measure(function, wait=wait)
+                    run.measure(function, wait=wait or processes.count() > 1)  # processes of a job must not part ways
             except runs.Busy:
                 queue.append(config)
                 passed_over += 1
@@ -149,17 +158,24 @@ def schedule(progress: float) -> float:
     return min(progress / WARM_UP, (1 - progress) / (1 - WARM_UP))
 
 
-def _train(config: Config, images: data.ImageSet, folder: Path) -> dict[str, Any]:
-    """Fill ``folder`` with model.safetensors and history.csv, going on from a checkpoint that is there."""
+def _train(config: Config, images: data.ImageSet | data.FolderSet, folder: Path) -> dict[str, Any]:
+    """Fill ``folder`` with model.safetensors and history.csv, going on from a checkpoint that is there.
+
+    Of several processes each takes its share of every batch; the first one evaluates, and alone reads and writes ``folder``.
+    """
     started = time.perf_counter()
-    fabric = Fabric(accelerator="cuda" if torch.cuda.is_available() else "cpu", devices=1)
+    first = processes.rank() == 0
+    fabric = processes.fabric(config.precision)
+    if config.precision == "16-mixed" and fabric.device.type == "cpu":
+        raise ConfigError("precision='16-mixed' needs a GPU, and there is none: choose 32-true or bf16-mixed")
     model = config.build(images.image_shape)
     latents, entries = math.prod(model.latent_shape), math.prod(images.image_shape)
     adam = torch.optim.Adam(model.parameters(), lr=config.learning_rate, betas=BETAS, fused=True)
     wrapped, optimiser = fabric.setup(model, adam)
-    train = images.train.to(fabric.device)
-    steps = math.ceil(len(train) / config.batch_size)
-    history = checkpoints.restore(folder, model, optimiser)
+    count = len(images.train)
+    steps = math.ceil(count / config.batch_size)
+    checkpoint = processes.broadcast(checkpoints.newest(folder) if first else b"")
+    history = checkpoints.restore(checkpoint, model, optimiser, fabric.strategy.precision)
     limit = EXPLODED * loss_of(config, torch.zeros(1), torch.full((1,), entries * math.log(2)), latents, entries).item()
 
     def stop_if_diverged(loss: float, when: str) -> None:
@@ -171,32 +187,46 @@ def _train(config: Config, images: data.ImageSet, folder: Path) -> dict[str, Any
         for epoch in range(len(history), config.epochs):
             draw = torch.Generator().manual_seed(1_000_003 * config.seed + epoch)  # on the CPU: the same for every device
             sums = torch.zeros(2, dtype=torch.float64, device=fabric.device)
-            for step, batch in enumerate(torch.randperm(len(train), generator=draw).split(config.batch_size)):
-                uniform = torch.rand(len(batch), *images.image_shape, generator=draw).to(fabric.device)
-                noise = torch.randn(len(batch), *model.latent_shape, generator=draw).to(fabric.device)
+            # Every process draws the numbers of the whole batch and takes its share, so that they are those of one process.
+            for step, batch in enumerate(images.batches(draw, config.batch_size, processes.share, fabric.device)):
+                size = min(config.batch_size, count - step * config.batch_size)  # of the batch, over all processes
+                uniform = processes.share(torch.rand(size, *images.image_shape, generator=draw)).to(fabric.device)
+                noise = processes.share(torch.randn(size, *model.latent_shape, generator=draw)).to(fabric.device)
                 for group in optimiser.param_groups:
                     group["lr"] = config.learning_rate * schedule((epoch * steps + step) / (config.epochs * steps))
-                rate, distortion = wrapped(model.observed(train[batch.to(fabric.device)], uniform), noise)
-                loss = loss_of(config, rate, distortion, latents, entries)
-                stop_if_diverged(loss.item(), f"at step {step + 1} of epoch {epoch + 1}")
+                rate, distortion = wrapped(model.observed(batch, uniform), noise)
+                loss = loss_of(config, rate, distortion, latents, entries) * (len(batch) / size)  # this share's part
+                terms = processes.total(torch.stack([loss, rate.sum(), distortion.sum()]).detach())
+                stop_if_diverged(terms[0].item(), f"at step {step + 1} of epoch {epoch + 1}")
                 optimiser.zero_grad()
-                fabric.backward(loss)
+                fabric.backward(loss * processes.count())  # gradients are then averaged over the processes
                 optimiser.step()
-                sums += torch.stack([rate.detach().sum(), distortion.detach().sum()])
+                sums += terms[1:]
                 progress.step()
-            rate, distortion = (terms.double().mean() for terms in models.evaluate(model, images.test))
+            means = torch.zeros(2, dtype=torch.float64, device=fabric.device)  # of rate and distortion
+            if first:
+                means += torch.stack([terms.double().mean() for terms in models.evaluate(model, images.test)]).to(means)
+            rate, distortion = processes.total(means).cpu()
             stop_if_diverged(
                 loss_of(config, rate, distortion, latents, entries).item(), f"on the test images after epoch {epoch + 1}"
             )
-            history.append([epoch + 1, *(sums / len(train)).tolist(), rate.item(), distortion.item()])
-            checkpoints.save(folder, model, optimiser, history)
+            history.append([epoch + 1, *(sums / count).tolist(), rate.item(), distortion.item()])
+            if first:
+                checkpoints.save(folder, model, optimiser, fabric.strategy.precision, history)
             progress.milestone(f"epoch {epoch + 1}/{config.epochs}, test −ELBO {(rate + distortion).item():.2f} nats")
-    table = io.StringIO()
-    csv.writer(table, lineterminator="\n").writerows([HISTORY, *([int(epoch), *terms] for epoch, *terms in history)])
-    runs.write_atomically(folder / "history.csv", table.getvalue())
-    runs.write_atomically(folder / "model.safetensors", safetensors.torch.save(checkpoints.contiguous(model.state_dict())))
+    if first:
+        table = io.StringIO()
+        csv.writer(table, lineterminator="\n").writerows([HISTORY, *([int(epoch), *terms] for epoch, *terms in history)])
+        runs.write_atomically(folder / "history.csv", table.getvalue())
+        content = safetensors.torch.save(checkpoints.contiguous(model.state_dict()))
+        runs.write_atomically(folder / "model.safetensors", content)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return {"seconds": time.perf_counter() - started, "parameters": parameters, "device": str(fabric.device)}
+    return {
+        "seconds": time.perf_counter() - started,
+        "parameters": parameters,
+        "device": str(fabric.device),
+        "processes": processes.count(),
+    }
 
 
 @contextmanager

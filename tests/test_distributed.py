@@ -1,0 +1,214 @@
+import dataclasses
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import safetensors.torch
+import torch
+import torch.distributed
+from lightning_fabric.plugins.precision import MixedPrecision
+
+from vaenb import checkpoints, models, processes, runs
+from vaenb.config import Config, ConfigError
+from vaenb.train import fit
+
+TINY = Config("digits", "dense", latents=8, epochs=3)  # 1,597 images: the last batch has 61, an odd number
+SCRIPT = """
+import datetime, os, sys
+from vaenb import processes
+from vaenb.config import Config
+from vaenb.train import fit
+
+processes.TIMEOUT = datetime.timedelta(seconds=float(os.environ.get("TIMEOUT", 60)))
+print("process", os.environ["RANK"], os.getpid(), flush=True)
+for argument in sys.argv[1:]:
+    try:
+        run = fit(eval(argument))
+        print("finished", run.config.seed, len(run.history["epoch"]), run.model.training, flush=True)
+    except Exception as error:
+        print(f"{type(error).__name__}: {error}", flush=True)
+        if isinstance(error, processes.ProcessLost):
+            sys.exit(3)
+"""
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def environment(build, **more):
+    inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return {**inherited, "VAENB_BUILD": str(build), "VAENB_PROGRESS": "plain", "CUDA_VISIBLE_DEVICES": "", **more}
+
+
+def start(command, build, tmp_path, *configs, **more):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    arguments = [*command, str(script), *map(repr, configs)]
+    return subprocess.Popen(
+        arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(build, **more)
+    )
+
+
+def torchrun():
+    where = ["--master-addr=127.0.0.1", f"--master-port={free_port()}"]
+    return [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", *where]
+
+
+def fabric_run():
+    where = ["--main-address=127.0.0.1", f"--main-port={free_port()}"]
+    return [sys.executable, "-m", "lightning_fabric.cli", "--accelerator=cpu", "--devices=2", *where]
+
+
+def read_until(process, text):
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if text in line:
+            return lines
+    raise AssertionError(f"{text!r} is not in {''.join(lines)}")
+
+
+def weights(run):
+    return safetensors.torch.load_file(run.folder / "model.safetensors")
+
+
+def check_same(run, expected):
+    for column, values in expected.history.items():
+        assert run.history[column] == pytest.approx(values, rel=1e-5)
+    for name, tensor in weights(expected).items():
+        difference = (weights(run)[name] - tensor).norm() / tensor.norm()
+        assert difference < 1e-5, name
+
+
+def interrupt(config, monkeypatch):
+    """Leave the checkpoint of the first epoch."""
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        calls = iter([models.evaluate, stop])
+        patch.setattr(models, "evaluate", lambda *a: next(calls)(*a))
+        with pytest.raises(KeyboardInterrupt):
+            fit(config)
+
+
+def test_two_processes_train_the_curve_of_one_from_nothing_and_from_its_checkpoint(tmp_path, monkeypatch):
+    resumed, tiny_batch = dataclasses.replace(TINY, seed=1), dataclasses.replace(TINY, batch_size=1)
+    alone = [fit(TINY), fit(resumed)]
+    assert not torch.distributed.is_initialized()
+    monkeypatch.setenv("VAENB_BUILD", str(tmp_path / "together"))
+    interrupt(resumed, monkeypatch)
+    job = start(fabric_run(), tmp_path / "together", tmp_path, tiny_batch, TINY, resumed)
+    output = job.communicate(timeout=200)[0]
+    assert job.returncode == 0, output
+    assert output.count("ConfigError: 2 processes share batches of 1") == 2
+    assert output.count("finished 0 3 False") == output.count("finished 1 3 False") == 2
+    assert output.count("epoch 1/3") == 1  # one process shows it, and the second run goes on from its checkpoint
+    assert output.count("epoch 2/3") == 2
+    found = [path for path in (tmp_path / "together" / "runs").iterdir() if not path.name.startswith(".")]
+    assert len(found) == 2
+    for run, expected in zip([fit(TINY), fit(resumed)], alone, strict=True):
+        assert run.folder in found
+        assert runs.read(run.folder)["summary"]["processes"] == 2
+        check_same(run, expected)
+
+
+def test_a_killed_process_ends_the_job_and_one_process_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
+    config = dataclasses.replace(TINY, epochs=12)
+    alone = fit(config)
+    job = start(torchrun(), tmp_path / "killed", tmp_path, config)
+    lines = read_until(job, "epoch 2/12")
+    (victim,) = [int(line.split()[2]) for line in lines if line.startswith("process 1 ")]
+    os.kill(victim, signal.SIGKILL)
+    killed = time.monotonic()
+    output = "".join(lines) + job.communicate(timeout=60)[0]
+    assert time.monotonic() - killed < 40
+    assert job.returncode != 0
+    assert "finished" not in output
+    assert list((tmp_path / "killed" / "runs").glob("*.partial/checkpoint-*"))
+    assert not list((tmp_path / "killed" / "runs").glob("*/SHA256SUMS"))
+    monkeypatch.setenv("VAENB_BUILD", str(tmp_path / "killed"))
+    run = fit(config)
+    assert runs.read(run.folder)["summary"]["processes"] == 1
+    check_same(run, alone)
+
+
+def test_a_process_that_hangs_is_not_waited_for_for_ever(tmp_path):
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "TORCHELASTIC_RUN_ID": "by-hand"}
+    common |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "TIMEOUT": "5"}
+    config = dataclasses.replace(TINY, epochs=500)
+    first, second = (
+        start([sys.executable], tmp_path / "hangs", tmp_path, config, RANK=rank, LOCAL_RANK=rank, **common)
+        for rank in ("0", "1")
+    )
+    try:
+        read_until(first, "epoch 2/500")
+        second.send_signal(signal.SIGSTOP)
+        output = first.communicate(timeout=60)[0]
+        assert first.returncode == 3, output
+        assert "ProcessLost: process 0 of 2 stops: another one has stopped, or did not answer for 0:00:05" in output
+        assert "run the same command again" in output
+    finally:
+        second.kill()
+        second.wait()
+        first.kill()
+
+
+def test_mixed_precision_is_near_full_precision_and_another_run(monkeypatch):
+    config = dataclasses.replace(TINY, epochs=1)
+    full, mixed = fit(config), fit(dataclasses.replace(config, precision="bf16-mixed"))
+    assert mixed.folder != full.folder
+    assert "bf16-mixed" in mixed.folder.name
+    assert weights(mixed).keys() == weights(full).keys()
+    assert all(tensor.dtype == torch.float32 for tensor in weights(mixed).values())
+    assert mixed.history["test_distortion"] != full.history["test_distortion"]
+    assert mixed.history["test_distortion"] == pytest.approx(full.history["test_distortion"], rel=0.05)
+
+
+def test_precisions_that_cannot_be(monkeypatch):
+    with pytest.raises(ConfigError, match="unknown precision 'half': choose one of 32-true, bf16-mixed, 16-mixed"):
+        Config(precision="half")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="needs a GPU"):
+        fit(dataclasses.replace(TINY, precision="16-mixed"))
+
+
+def test_shares_are_the_batch_in_order_and_nearly_equal(monkeypatch):
+    batch = torch.arange(61)
+    assert torch.equal(processes.share(batch), batch)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    parts = []
+    for rank in range(4):
+        monkeypatch.setenv("RANK", str(rank))
+        parts.append(processes.share(batch))
+    assert torch.equal(torch.cat(parts), batch)
+    assert {len(part) for part in parts} == {15, 16}
+
+
+def test_a_checkpoint_keeps_the_scale_of_losses_in_16_bits(tmp_path):
+    def parts():
+        model = torch.nn.Linear(3, 1)
+        adam = torch.optim.Adam(model.parameters(), fused=True)
+        return model, adam, MixedPrecision("16-mixed", device="cpu", scaler=torch.amp.GradScaler("cpu"))
+
+    model, adam, precision = parts()
+    for step in range(3):  # the second one overflows, and halves the scale
+        loss = model(torch.ones(1, 3)).sum() * (float("inf") if step == 1 else 1)
+        adam.zero_grad()
+        precision.backward(loss, None)
+        precision.optimizer_step(adam)
+    checkpoints.save(tmp_path, model, adam, precision, [[1.0]])
+    other, other_adam, restored = parts()
+    assert restored.state_dict() != precision.state_dict()
+    assert checkpoints.restore(checkpoints.newest(tmp_path), other, other_adam, restored) == [[1.0]]
+    assert restored.state_dict() == precision.state_dict()
+    assert torch.equal(other.weight, model.weight)
