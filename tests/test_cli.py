@@ -64,6 +64,21 @@ def test_samples_of_any_size_repeat_with_their_seed(trained, tmp_path):
     assert {"many-0.png", "many-1.png"} <= {path.name for path in tmp_path.iterdir()}
 
 
+def test_a_folder_of_pictures_of_ones_own(trained, tmp_path, capsys):
+    generator = np.random.default_rng(0)
+    (tmp_path / "my archive").mkdir()
+    for index, size in enumerate([(70, 90, 3), (64, 64, 3), (200, 130, 3), (66, 66, 3)]):
+        Image.fromarray(generator.integers(256, size=size, dtype=np.uint8)).save(tmp_path / "my archive" / f"{index}.png")
+    data_name, out = f"folder-37:{tmp_path / 'my archive'}", tmp_path / "own"  # a size that the stride does not divide
+    assert main(["info", data_name]) == 0
+    assert main(["train", data_name, "--out", str(out)]) == 0
+    assert "37×37 crops of the images in my archive" in bundle.load(out).about["data"]
+    assert main(["sample", str(out), "--size", "50x30", "--out", str(tmp_path / "new.png")]) == 0
+    assert np.asarray(Image.open(tmp_path / "new.png")).shape == (50, 30, 3)
+    assert main(["train", "folder:nowhere", "--out", str(tmp_path / "x")]) == 1
+    assert "nowhere is not a folder" in capsys.readouterr().err
+
+
 def test_info(trained, capsys):
     assert main(["info", str(trained)]) == 0
     said = capsys.readouterr().out

@@ -72,6 +72,7 @@ def test_every_plot_renders_without_a_display(folder):
     generator = np.random.default_rng(0)
     ink = generator.integers(0, 256, (20, 28, 28), dtype=np.uint8)
     seeds = {"a": [1.0, 2.0], "b": [3.0, 4.0]}
+    colours = generator.integers(0, 256, (7, 45, 45, 3), dtype=np.uint8)
     figs = [
         figures.seed_points({"rate": seeds, "−ELBO": seeds}, {"a": "C0", "b": "C1"}, "T"),
         figures.latent_maps(
@@ -105,6 +106,7 @@ def test_every_plot_renders_without_a_display(folder):
             {"m": 2.0},
         ),
         figures.neighbours({"x": (ink[:8], ink[8:16])}, {"d": generator.uniform(size=99)}, "T"),
+        figures.land({"64×64": {"a": colours, "b": colours}, "90×180": {"a": np.tile(colours[0], (2, 4, 1))}}, "T"),
     ]
     for index, figure in enumerate(figs):
         picture = figures.save(figure, f"f{index}", "digits", {}, alt="a")
@@ -163,3 +165,12 @@ def test_a_matrix_that_exceeds_its_limits_says_so():
     bar = figure.axes[1]
     assert bar.get_xlabel() == "unit"
     assert bar._colorbar.extend == "max"
+
+
+def test_colour_pictures_are_shown_as_they_are():
+    picture = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
+    figure = figures.land({"row": {"one": picture, "many": np.stack([picture] * 6)}}, "T", columns=3)
+    one, many = (axes.images[0].get_array() for axes in figure.axes)
+    np.testing.assert_array_equal(one, picture)
+    assert many.shape == (2 * 6 + 2, 3 * 9 + 2 * 2, 3)  # two pixels between tiles
+    np.testing.assert_array_equal(many[-6:, -9:], picture)

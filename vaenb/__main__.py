@@ -1,16 +1,19 @@
 """The command line: ``python -m vaenb train|reconstruct|sample|info``. The notebooks call the same functions."""
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
 import torch
 
-from vaenb import bundle, canvas, data, ladder, pictures
+from vaenb import bundle, canvas, data, ladder, pictures, processes
 from vaenb.config import PRESETS, Config
 from vaenb.photographs import SIDE
 from vaenb.train import TrainingDiverged, fit
 
+MOST_LATENTS = 20_000  # draws of a map of latents that a prior learns from: they are held in memory
+EXPECTED = (ValueError, data.DataError, TrainingDiverged, OSError, processes.ProcessLost, processes.ProcessesDiffer)
 ABOUT = """\
 Fully convolutional VAEs of photographs of any size: train one on 64×64 tiles, then send images of any size through it, or
 draw new ones of any size from its learned prior.
@@ -19,6 +22,9 @@ draw new ones of any size from its learned prior.
   python -m vaenb reconstruct land scene.jpg --out r   r/scene.png: the scene through encoder and decoder
   python -m vaenb sample land --size 1024x2048 --out new.png
   python -m vaenb info land
+
+Your own pictures: folder:PATH instead of eurosat takes 64×64 crops of all images in a folder, folder-96:PATH of 96×96. Several
+GPUs or machines: torchrun --nproc-per-node=4 -m vaenb train … (see the README).
 """
 
 
@@ -30,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted: training goes on from the last complete epoch with the same command", file=sys.stderr)
         return 130
-    except (ValueError, data.DataError, TrainingDiverged, OSError) as error:  # the message says what to do
+    except EXPECTED as error:  # the message says what to do
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
@@ -40,14 +46,17 @@ def train(options: argparse.Namespace) -> None:
     """Train a VAE and fit its prior; both are kept in the run store, and copied to a folder."""
     images = data.load(options.data)
     if images.image_shape[0] != 3:
-        raise ValueError(f"{options.data} is grey: choose one of {', '.join(data.PHOTOGRAPHS)}")
+        raise ValueError(f"{options.data} is grey: choose one of {', '.join(data.PHOTOGRAPHS)}, folder:PATH")
     options.out.mkdir(parents=True, exist_ok=True)  # before minutes of training
-    print(f"{images.title}: {len(images.train):,} training and {len(images.test):,} test images")
+    first = processes.rank() == 0  # the others only train along
+    if first:
+        print(f"{images.title}: {len(images.train):,} training and {len(images.test):,} test images")
     settings = {**PRESETS[options.preset], **({"epochs": options.epochs} if options.epochs else {})}
-    run = fit(Config(options.data, latent_size=images.image_shape[1] // 4, seed=options.seed, **settings))
-    repaired = ladder.repair(run, "stationary flow", count=2 * len(images.train))
-    bundle.save(repaired, options.out)
-    print(f"{options.out}: a VAE and its prior, ready for reconstruct and sample")
+    run = fit(Config(options.data, latent_size=math.ceil(images.image_shape[1] / 4), seed=options.seed, **settings))
+    if first:
+        repaired = ladder.repair(run, "stationary flow", count=min(2 * len(images.train), MOST_LATENTS))
+        bundle.save(repaired, options.out)
+        print(f"{options.out}: a VAE and its prior, ready for reconstruct and sample")
 
 
 def reconstruct(options: argparse.Namespace) -> None:
@@ -117,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     command = commands.add_parser("train", help=train.__doc__, description=train.__doc__)
-    command.add_argument("data", metavar="DATA", help=f"{', '.join(data.PHOTOGRAPHS)}: see the module vaenb.photographs")
+    command.add_argument("data", metavar="DATA", help=f"{', '.join(data.PHOTOGRAPHS)}, or folder:PATH")
     command.add_argument("--out", type=Path, required=True, help="folder for the trained model")
     command.add_argument("--preset", choices=PRESETS, default="small", help="small: minutes on two cores; large: for a GPU")
     command.add_argument("--epochs", type=_count, help="instead of the preset's")

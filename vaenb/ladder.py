@@ -23,6 +23,7 @@ from torch import Tensor
 from vaenb import checkpoints, dependence, joint, models, runs
 from vaenb.autoregressive import Autoregressive
 from vaenb.flows import Flow, FlowMatching
+from vaenb.folders import Crops
 from vaenb.gaussians import FullGaussian, Mixture, PositionGaussian
 from vaenb.models import VAE
 from vaenb.priors import Convolutional, Prior, StandardNormal
@@ -183,8 +184,10 @@ def _kept_draws(run: Run, count: int) -> Tensor:
     return _draws(run.model, run.images.train, count)
 
 
-def _draws(model: VAE, images: Tensor, count: int) -> Tensor:
-    """The first ``count`` of as many draws of z for each image as that takes."""
+def _draws(model: VAE, images: Tensor | Crops, count: int) -> Tensor:
+    """``count`` draws of z: as many of each image as that takes, or one of each of some of them."""
+    chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count].sort().values
+    images = images[chosen]  # now they are in memory, also those of a folder
     draws = [dependence.aggregate(model, images, seed=1 + i) for i in range(math.ceil(count / len(images)))]
     return torch.cat(draws)[:count]
 
