@@ -23,8 +23,8 @@ draw new ones of any size from its learned prior.
   python -m vaenb sample land --size 1024x2048 --out new.png
   python -m vaenb info land
 
-Your own pictures: folder:PATH instead of eurosat takes 64×64 crops of all images in a folder, folder-96:PATH of 96×96. Several
-GPUs or machines: torchrun --nproc-per-node=4 -m vaenb train … (see the README).
+Your own pictures: folder:PATH instead of eurosat takes 64×64 crops of all images in a folder, folder-96:PATH of 96×96.
+Several GPUs or machines: torchrun --nproc-per-node=4 -m vaenb train … (see the README).
 """
 
 

@@ -15,7 +15,7 @@ EXTENSIONS = {
     ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".tif", ".tiff", ".webp", ".gif", ".bmp", ".dib", ".ppm", ".pgm",
     ".pbm", ".pnm", ".tga", ".jp2", ".j2k", ".avif",
 }  # fmt: skip
-Image.MAX_IMAGE_PIXELS = None  # satellite scenes are larger than what Pillow takes for an attack
+Image.MAX_IMAGE_PIXELS = 10**9  # scenes have more than Pillow allows; of twice as many it makes an error
 
 
 class PictureError(ValueError):

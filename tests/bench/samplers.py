@@ -198,8 +198,8 @@ def main() -> None:
     """Run, print for each of pythae's samplers the best of ours that takes no longer, and save the figure."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--epochs", type=int, default=4, help="of the VAEs (default: 4)")
-    parser.add_argument("--sampler-epochs", type=int, default=10, help="of pythae's flows and second VAE (default: 10)")
-    parser.add_argument("--count", type=int, default=90_000, help="latents for our priors (default: 90,000)")
+    parser.add_argument("--sampler-epochs", type=int, default=3, help="of pythae's flows and second VAE (default: 3)")
+    parser.add_argument("--count", type=int, default=120_000, help="latents for our priors (default: 120,000)")
     options = parser.parse_args()
     logging.disable(logging.INFO)
     rows = benchmark(options.epochs, options.sampler_epochs, options.count)
