@@ -54,7 +54,7 @@ def train(options: argparse.Namespace) -> None:
     settings = {**PRESETS[options.preset], **({"epochs": options.epochs} if options.epochs else {})}
     run = fit(Config(options.data, latent_size=math.ceil(images.image_shape[1] / 4), seed=options.seed, **settings))
     if first:
-        repaired = ladder.repair(run, "stationary flow", count=min(2 * len(images.train), MOST_LATENTS))
+        repaired = ladder.repair(run, "stationary flow", count=min(len(images.train), MOST_LATENTS))
         bundle.save(repaired, options.out)
         print(f"{options.out}: a VAE and its prior, ready for reconstruct and sample")
 
