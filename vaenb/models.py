@@ -180,7 +180,8 @@ class VAE(nn.Module):
         padding = (0, width * self.stride - x.shape[-1], 0, height * self.stride - x.shape[-2])
         if any(padding):
             x = F.pad(x, padding, mode="replicate")
-        mean, log_variance = self.to_latent(self.encoder(x)).chunk(2, dim=1)
+        # In single precision even where layers compute in 16 bits.
+        mean, log_variance = self.to_latent(self.encoder(x)).float().chunk(2, dim=1)
         return Independent(Normal(mean, (0.5 * log_variance).exp(), validate_args=False), mean.ndim - 1, validate_args=False)
 
     def decode(self, z: Tensor, size: tuple[int, int] | None = None) -> Independent:
@@ -199,7 +200,7 @@ class VAE(nn.Module):
             self._check_grid(tuple(z.shape[-2:]))
         if size is None and tuple(z.shape[1:]) == self.latent_shape:
             size = self.image_shape[1:]
-        output = self.decoder(self.from_latent(z))
+        output = self.decoder(self.from_latent(z)).float()
         if size is not None:
             output = output[..., : size[0], : size[1]]
         return pixels.distribution(self.likelihood, output, self.log_scale)
