@@ -22,7 +22,7 @@ def trained(tmp_path_factory):
             photographs.PRESETS, "small", {"hidden": (4, 8), "latent_channels": 2, "likelihood": "logistic", "epochs": 1}
         )
         patch.setitem(
-            ladder.ANY_SIZE, "stationary flow", (ladder.FlowMatching, {"patch": 1, "epochs": 1, "hidden": 8, "steps": 2})
+            ladder.ANY_SIZE, "stationary flow", (ladder.StationaryFlow, {"patch": 1, "epochs": 1, "hidden": 8, "steps": 2})
         )
         out = tmp_path_factory.mktemp("out") / "land"
         assert main(["train", "photos", "--out", str(out)]) == 0

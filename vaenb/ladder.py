@@ -28,6 +28,7 @@ from vaenb.gaussians import FullGaussian, Mixture, PositionGaussian
 from vaenb.models import VAE
 from vaenb.priors import Convolutional, Prior, StandardNormal
 from vaenb.progress import Progress
+from vaenb.stationary import StationaryFlow
 from vaenb.train import Run, one_thread
 from vaenb.two_stage import TwoStage, Vamp
 
@@ -43,7 +44,7 @@ RUNGS: dict[str, tuple[type[Prior], dict[str, Any]]] = {
     "flow matching": (FlowMatching, {"position_aware": True, "components": 100, "steps": 5}),
 }
 ANY_SIZE: dict[str, tuple[type[Prior], dict[str, Any]]] = {  # translation-equivariant, for maps of any size
-    "stationary flow": (FlowMatching, {"patch": 1, "epochs": 6, "batch_size": 32}),
+    "stationary flow": (StationaryFlow, {"patch": 1}),
 }
 SIDE = 7  # positions of a map, along each axis, that convolutional priors work on: larger maps come in patches
 PART = 2_000  # images that are encoded at once

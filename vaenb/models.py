@@ -20,6 +20,7 @@ from vaenb import pixels
 ARMS = ("spatial", "dense", "mixed")
 STRIDES = (1, 2, 4)
 PADDINGS = ("zeros", "circular")
+LOG_SCALE = -3.0  # of photographs' grey values around their means, in units of their range, before training
 BATCH = 125  # images through a model at once when nothing is trained: what fits into a cache is faster
 
 
@@ -140,8 +141,7 @@ class VAE(nn.Module):
         self.decoder = nn.Sequential(
             nn.GELU(), _up(inner, outer, stride >= 2, padding), nn.GELU(), _up(outer, channels, stride == 4, padding)
         )
-        # As wide as the grey values of photographs are around their mean, to begin with.
-        self.log_scale = None if likelihood == "bernoulli" else nn.Parameter(torch.full((channels,), -2.0))
+        self.log_scale = None if likelihood == "bernoulli" else nn.Parameter(torch.full((channels,), LOG_SCALE))
         if arm == "dense":
             self.latent_shape = (latents or latent_channels * height * width,)
             flat = inner * height * width
