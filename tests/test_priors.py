@@ -43,7 +43,9 @@ FITTED = {
     "mixture": lambda: Mixture(SHAPE, components=8),
     "flow": lambda: Flow(SHAPE, hidden=32, epochs=5, learning_rate=5e-3),
     "autoregressive": lambda: Autoregressive(SHAPE, hidden=16, blocks=1, epochs=5, learning_rate=5e-3),
-    "flow-matching": lambda: FlowMatching(SHAPE, hidden=32, dilations=(1, 1), position_aware=True, epochs=20, learning_rate=5e-3),
+    "flow-matching": lambda: FlowMatching(
+        SHAPE, hidden=32, dilations=(1, 1), position_aware=True, epochs=20, learning_rate=5e-3
+    ),
     "from-mixture": lambda: FlowMatching(SHAPE, hidden=32, dilations=(1, 1), components=8, epochs=4, learning_rate=5e-3),
     "vamp": lambda: Vamp(vae(), components=20, epochs=5, learning_rate=5e-2),
     "two-stage": lambda: TwoStage(SHAPE, hidden=64, epochs=60),

@@ -180,8 +180,7 @@ class VAE(nn.Module):
         padding = (0, width * self.stride - x.shape[-1], 0, height * self.stride - x.shape[-2])
         if any(padding):
             x = F.pad(x, padding, mode="replicate")
-        # In single precision even where layers compute in 16 bits.
-        mean, log_variance = self.to_latent(self.encoder(x)).float().chunk(2, dim=1)
+        mean, log_variance = _at_least_single(self.to_latent(self.encoder(x))).chunk(2, dim=1)
         return Independent(Normal(mean, (0.5 * log_variance).exp(), validate_args=False), mean.ndim - 1, validate_args=False)
 
     def decode(self, z: Tensor, size: tuple[int, int] | None = None) -> Independent:
@@ -200,7 +199,7 @@ class VAE(nn.Module):
             self._check_grid(tuple(z.shape[-2:]))
         if size is None and tuple(z.shape[1:]) == self.latent_shape:
             size = self.image_shape[1:]
-        output = self.decoder(self.from_latent(z)).float()
+        output = _at_least_single(self.decoder(self.from_latent(z)))
         if size is not None:
             output = output[..., : size[0], : size[1]]
         return pixels.distribution(self.likelihood, output, self.log_scale)
@@ -248,6 +247,11 @@ def _up(channels_in: int, channels_out: int, double: bool, padding: str) -> nn.M
     if double:
         return SubpixelUp(channels_in, channels_out, padding)
     return nn.Conv2d(channels_in, channels_out, kernel_size=3, padding=1, padding_mode=padding)
+
+
+def _at_least_single(x: Tensor) -> Tensor:
+    """Single precision where layers compute in 16 bits, whose steps are as wide as those of grey values."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def reparametrise(q: Independent, noise: Tensor) -> Tensor:
