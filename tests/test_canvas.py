@@ -52,7 +52,7 @@ def test_no_smaller_halo_would_do():
 
 def test_flow_matching_on_a_large_grid_equals_all_at_once(monkeypatch):
     torch.manual_seed(0)
-    prior = FlowMatching((2, 8, 8), hidden=8, blocks=2, steps=3)
+    prior = FlowMatching((2, 8, 8), hidden=8, dilations=(1, 1), steps=3)
     for layer in (prior.last, *(block.mix for block in prior.blocks)):  # which start at zero: it would see one position
         torch.nn.init.normal_(layer.weight, std=0.5)
     whole = prior.sample(2, (23, 30), seed=1)

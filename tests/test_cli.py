@@ -1,11 +1,13 @@
+import errno
 import json
+import os
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from vaenb import bundle, config, ladder
+from vaenb import bundle, ladder, photographs
 from vaenb.__main__ import main
 from vaenb.config import Config
 from vaenb.train import fit
@@ -17,10 +19,10 @@ def trained(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VAENB_BUILD", str(tmp_path_factory.mktemp("build")))
         patch.setitem(
-            config.PRESETS, "small", {"hidden": (4, 8), "latent_channels": 2, "likelihood": "logistic", "epochs": 1}
+            photographs.PRESETS, "small", {"hidden": (4, 8), "latent_channels": 2, "likelihood": "logistic", "epochs": 1}
         )
         patch.setitem(
-            ladder.ANY_SIZE, "stationary flow", (ladder.FlowMatching, {"patch": 1, "epochs": 1, "hidden": 8, "steps": 2})
+            ladder.ANY_SIZE, "stationary flow", (ladder.StationaryFlow, {"patch": 1, "epochs": 1, "hidden": 8, "steps": 2})
         )
         out = tmp_path_factory.mktemp("out") / "land"
         assert main(["train", "photos", "--out", str(out)]) == 0
@@ -50,6 +52,29 @@ def test_originals_and_namesakes_are_not_overwritten(trained, tmp_path, capsys):
     (tmp_path / "a.jpg").unlink()
     assert main(["reconstruct", str(trained), str(tmp_path), "--out", str(tmp_path / "out")]) == 0  # and not the notes
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["a.png"]
+
+
+def test_pictures_that_cannot_be_used_are_named_and_left_out(trained, tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    Image.new("RGB", (20, 20), "red").save(tmp_path / "in" / "good.png")
+    Image.new("RGB", (3, 50), "red").save(tmp_path / "in" / "tiny.png")
+    (tmp_path / "in" / "cut.png").write_bytes((tmp_path / "in" / "good.png").read_bytes()[:60])
+    assert main(["reconstruct", str(trained), str(tmp_path / "in"), "--out", str(tmp_path / "out")]) == 1
+    said = capsys.readouterr().err
+    assert "cut.png cannot be read" in said
+    assert "tiny.png: an image of 50×3 pixels is smaller than the stride" in said
+    assert "2 of 3 pictures were left out" in said
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["good.png"]
+
+
+def test_a_full_disk_says_so_and_leaves_nothing(trained, tmp_path, capsys, monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert main(["sample", str(trained), "--out", str(tmp_path / "new.png")]) == 1
+    assert "no space left on the device for" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_samples_of_any_size_repeat_with_their_seed(trained, tmp_path):
@@ -96,7 +121,9 @@ def test_info(trained, capsys):
         (["sample", "OUT", "--out", "x.png"], "no trained model: it has no bundle.json"),
         (["reconstruct", "MODEL", "OUT/none.png", "--out", "OUT/o"], "none.png cannot be read as a picture"),
         (["sample", "MODEL", "--size", "3x9", "--out", "OUT/x.png"], "smaller than the stride of 4"),
-        (["sample", "MODEL", "--out", "OUT/none/x.png"], "No such file or directory"),
+        (["sample", "MODEL", "--out", "OUT/none/x.png"], "cannot write to the folder"),
+        (["sample", "MODEL", "--out", "OUT/x.jpg"], "expected the name of a picture that ends in .png"),
+        (["sample", "MODEL", "--out", "OUT"], "expected the name of a picture that ends in .png"),
         (["train", "digits", "--out", "OUT/x"], "digits is grey"),
         (["reconstruct", "MODEL", "MODEL", "--out", "OUT"], "no picture"),
     ],
@@ -119,7 +146,7 @@ def test_sizes_that_are_none(trained, size, capsys):
 
 
 def test_a_damaged_bundle_is_never_used(trained, tmp_path):
-    for damaged in ("model.safetensors", "prior.safetensors", "bundle.json"):
+    for damaged in [path.name for path in trained.iterdir()]:
         folder = tmp_path / damaged
         folder.mkdir()
         for path in trained.iterdir():

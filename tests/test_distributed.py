@@ -101,7 +101,8 @@ def interrupt(config, monkeypatch):
 
 
 def test_two_processes_train_the_curve_of_one_from_nothing_and_from_its_checkpoint(tmp_path, monkeypatch):
-    resumed, tiny_batch = dataclasses.replace(TINY, seed=1), dataclasses.replace(TINY, batch_size=1)
+    resumed = dataclasses.replace(TINY, seed=1, batch_size=84)  # the last batch has one image, for two processes
+    tiny_batch = dataclasses.replace(TINY, batch_size=1)
     alone = [fit(TINY), fit(resumed)]
     assert not torch.distributed.is_initialized()
     monkeypatch.setenv("VAENB_BUILD", str(tmp_path / "together"))
@@ -171,6 +172,14 @@ def test_mixed_precision_is_near_full_precision_and_another_run(monkeypatch):
     assert all(tensor.dtype == torch.float32 for tensor in weights(mixed).values())
     assert mixed.history["test_distortion"] != full.history["test_distortion"]
     assert mixed.history["test_distortion"] == pytest.approx(full.history["test_distortion"], rel=0.05)
+
+
+def test_decoder_and_encoder_put_out_single_precision_where_layers_compute_in_16_bits():
+    model = Config("photos", latent_size=16, likelihood="logistic").build((3, 64, 64))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        q = model.encode(torch.rand(2, 3, 64, 64))
+        assert q.mean.dtype == torch.float32
+        assert model.decode(q.mean).mean.dtype == torch.float32
 
 
 def test_precisions_that_cannot_be(monkeypatch):

@@ -3,7 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vaenb import pictures
+from vaenb import folders, pictures
 
 
 def test_any_kind_of_file_is_read_as_rgb(tmp_path):
@@ -28,6 +28,16 @@ def test_any_kind_of_file_is_read_as_rgb(tmp_path):
     composed[0, 0] = 0
     np.testing.assert_array_equal(pictures.read(tmp_path / "alpha.png"), composed)
     assert pictures.read(tmp_path / "palette.gif").shape == (5, 7, 3)
+
+
+def test_pictures_are_turned_upright_and_so_are_crops(tmp_path):
+    upright = np.random.default_rng(0).integers(256, size=(40, 60, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # held in portrait: stored turned, to be turned by 90° clockwise
+    Image.fromarray(np.rot90(upright)).save(tmp_path / "turned.png", exif=exif)
+    np.testing.assert_array_equal(pictures.read(tmp_path / "turned.png"), upright)
+    (crop,) = folders.cut(tmp_path / "turned.png", [(0, 1)], 32)
+    np.testing.assert_array_equal(crop.permute(1, 2, 0).numpy(), upright[:32, -32:])
 
 
 @pytest.mark.parametrize("content", [b"", b"no picture at all", None])

@@ -43,8 +43,10 @@ FITTED = {
     "mixture": lambda: Mixture(SHAPE, components=8),
     "flow": lambda: Flow(SHAPE, hidden=32, epochs=5, learning_rate=5e-3),
     "autoregressive": lambda: Autoregressive(SHAPE, hidden=16, blocks=1, epochs=5, learning_rate=5e-3),
-    "flow-matching": lambda: FlowMatching(SHAPE, hidden=32, blocks=2, position_aware=True, epochs=20, learning_rate=5e-3),
-    "from-mixture": lambda: FlowMatching(SHAPE, hidden=32, blocks=2, components=8, epochs=4, learning_rate=5e-3),
+    "flow-matching": lambda: FlowMatching(
+        SHAPE, hidden=32, dilations=(1, 1), position_aware=True, epochs=20, learning_rate=5e-3
+    ),
+    "from-mixture": lambda: FlowMatching(SHAPE, hidden=32, dilations=(1, 1), components=8, epochs=4, learning_rate=5e-3),
     "vamp": lambda: Vamp(vae(), components=20, epochs=5, learning_rate=5e-2),
     "two-stage": lambda: TwoStage(SHAPE, hidden=64, epochs=60),
 }
@@ -165,7 +167,8 @@ def test_gaussians_and_mixtures_have_the_densities_of_torch():
 def network(kind: type, **options: int) -> Prior:
     """An untrained convolutional prior on a 7×7 map in double precision, with weights that make everything matter."""
     torch.manual_seed(0)
-    prior = kind((2, 7, 7), hidden=8, blocks=2, **options).double()
+    depth = {"blocks": 2} if kind is Autoregressive else {"dilations": (1, 1)}
+    prior = kind((2, 7, 7), hidden=8, **depth, **options).double()
     for parameter in prior.parameters():
         parameter.data = 0.1 * torch.randn_like(parameter)
     return prior

@@ -2,17 +2,19 @@
 
 import argparse
 import math
+import os
 import sys
 from pathlib import Path
 
 import torch
 
 from vaenb import bundle, canvas, data, ladder, pictures, processes
-from vaenb.config import PRESETS, Config
-from vaenb.photographs import SIDE
+from vaenb.config import Config
+from vaenb.models import ImageSizeError
+from vaenb.photographs import PRESETS
 from vaenb.train import TrainingDiverged, fit
 
-MOST_LATENTS = 20_000  # draws of a map of latents that a prior learns from: they are held in memory
+MOST_LATENTS = 20_000_000  # numbers that a prior learns from: they are held in memory
 EXPECTED = (ValueError, data.DataError, TrainingDiverged, OSError, processes.ProcessLost, processes.ProcessesDiffer)
 ABOUT = """\
 Fully convolutional VAEs of photographs of any size: train one on 64×64 tiles, then send images of any size through it, or
@@ -34,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         options.run(options)
     except KeyboardInterrupt:
-        print("interrupted: training goes on from the last complete epoch with the same command", file=sys.stderr)
+        print("interrupted; the same command goes on from the last complete epoch of training", file=sys.stderr)
         return 130
     except EXPECTED as error:  # the message says what to do
         print(f"error: {error}", file=sys.stderr)
@@ -47,40 +49,56 @@ def train(options: argparse.Namespace) -> None:
     images = data.load(options.data)
     if images.image_shape[0] != 3:
         raise ValueError(f"{options.data} is grey: choose one of {', '.join(data.PHOTOGRAPHS)}, folder:PATH")
-    options.out.mkdir(parents=True, exist_ok=True)  # before minutes of training
+    options.out.mkdir(parents=True, exist_ok=True)
+    _check_writable(options.out)  # before minutes of training
     first = processes.rank() == 0  # the others only train along
     if first:
-        print(f"{images.title}: {len(images.train):,} training and {len(images.test):,} test images")
+        print(f"{images.title}: {len(images.train):,} training images")
     settings = {**PRESETS[options.preset], **({"epochs": options.epochs} if options.epochs else {})}
     run = fit(Config(options.data, latent_size=math.ceil(images.image_shape[1] / 4), seed=options.seed, **settings))
     if first:
-        repaired = ladder.repair(run, "stationary flow", count=min(len(images.train), MOST_LATENTS))
+        affordable = MOST_LATENTS // math.prod(run.model.latent_shape)
+        repaired = ladder.repair(run, "stationary flow", count=max(2, min(len(images.train), affordable)))
         bundle.save(repaired, options.out)
         print(f"{options.out}: a VAE and its prior, ready for reconstruct and sample")
 
 
 def reconstruct(options: argparse.Namespace) -> None:
-    """Send images through encoder and decoder."""
+    """Send images through encoder and decoder; those that cannot be read are named and left out."""
     model = bundle.load(options.model).model
     jobs = [(path, options.out / f"{path.stem}.png") for path in pictures.files(options.images)]
     made = [out.resolve() for _, out in jobs]
     if len(set(made)) < len(made) or {path.resolve() for path, _ in jobs} & set(made):
         raise ValueError("two pictures would have one name, or one would replace its original: choose another --out")
     options.out.mkdir(parents=True, exist_ok=True)
+    _check_writable(options.out)
+    failed = 0
     for path, out in jobs:
-        image = torch.from_numpy(pictures.read(path).copy()).permute(2, 0, 1)
-        pictures.write_png(out, canvas.reconstruct(model, image, options.tile), image.shape[1:], 3)
-        print(out)
+        try:
+            image = torch.from_numpy(pictures.read(path).copy()).permute(2, 0, 1)
+            pictures.write_png(out, canvas.reconstruct(model, image, options.tile), image.shape[1:], 3)
+            print(out)
+        except (pictures.PictureError, ImageSizeError) as error:
+            failed += 1
+            print(f"left out {path}: {error}", file=sys.stderr)
+    if failed:
+        raise ValueError(
+            f"{failed} of {len(jobs)} pictures were left out, for the reasons above; the others are in {options.out}"
+        )
 
 
 def sample(options: argparse.Namespace) -> None:
     """Draw new images."""
     loaded = bundle.load(options.model)
-    grid = loaded.model.grid(options.size)
+    size = options.size or loaded.model.image_shape[1:]
+    grid = loaded.model.grid(size)
+    if options.out.suffix.lower() != ".png" or options.out.is_dir():
+        raise ValueError(f"--out {options.out}: expected the name of a picture that ends in .png")
+    _check_writable(options.out.parent)
     for index in range(options.count):
         z = loaded.prior.sample(1, grid, seed=options.seed + index)[0]
         out = options.out if options.count == 1 else options.out.with_stem(f"{options.out.stem}-{index}")
-        pictures.write_png(out, canvas.render(loaded.model, z, options.size, options.tile), options.size, 3)
+        pictures.write_png(out, canvas.render(loaded.model, z, size, options.tile), size, 3)
         print(out)
 
 
@@ -101,6 +119,11 @@ def info(options: argparse.Namespace) -> None:
             f"{images.title}: {len(images.train):,} training and {len(images.test):,} test images of {images.image_shape}, "
             f"fingerprint {images.fingerprint}"
         )
+
+
+def _check_writable(folder: Path) -> None:
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise PermissionError(f"cannot write to the folder {folder}: it is not there, or belongs to somebody else")
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -144,7 +167,7 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("sample", help=sample.__doc__, description=sample.__doc__)
     command.add_argument("model", type=Path, metavar="MODEL", help="folder that train wrote")
     command.add_argument(
-        "--size", type=_size, default=(SIDE, SIDE), metavar="HxW", help=f"in pixels (default: {SIDE}x{SIDE})"
+        "--size", type=_size, metavar="HxW", help="in pixels (default: that of the images it was trained on)"
     )
     command.add_argument("--count", type=_count, default=1, help="how many; more than one are numbered")
     command.add_argument("--seed", type=int, default=0)

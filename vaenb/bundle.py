@@ -1,8 +1,8 @@
 """A trained VAE and its prior in one folder that can be copied anywhere: what the command line works with.
 
-bundle.json         what is needed to build them, and checksums
-model.safetensors   weights of the VAE
-prior.safetensors   of the prior
+bundle.json             what is needed to build them, and the checksums of their weights
+model-….safetensors     weights of the VAE, named after their checksum
+prior-….safetensors     of the prior
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from vaenb.config import Config
 from vaenb.models import VAE
 from vaenb.priors import Prior
 
-DESCRIPTION, MODEL, PRIOR = "bundle.json", "model.safetensors", "prior.safetensors"
+DESCRIPTION = "bundle.json"
 
 
 class BundleError(ValueError):
@@ -38,7 +38,7 @@ class Bundle:
 
 
 def save(repaired: ladder.Repaired, folder: Path) -> None:
-    """Write a bundle; the description last, so that a folder with one is complete.
+    """Write a bundle. The description comes last: until then what the folder held before is whole.
 
     Raises:
         runs.DiskFull: no space left.
@@ -46,12 +46,11 @@ def save(repaired: ladder.Repaired, folder: Path) -> None:
     """
     run = repaired.run
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / DESCRIPTION).unlink(missing_ok=True)
     sums = {}
-    for name, module in ((MODEL, run.model), (PRIOR, repaired.prior)):
+    for name, module in (("model", run.model), ("prior", repaired.prior)):
         content = safetensors.torch.save(contiguous(module.state_dict()))
-        runs.write_atomically(folder / name, content)
         sums[name] = hashlib.sha256(content).hexdigest()
+        runs.write_atomically(_weights(folder, name, sums[name]), content)
     about = {
         "config": dataclasses.asdict(run.config),
         "image_shape": run.images.image_shape,
@@ -62,6 +61,9 @@ def save(repaired: ladder.Repaired, folder: Path) -> None:
         "sha256": sums,
     }
     runs.write_atomically(folder / DESCRIPTION, json.dumps(about, ensure_ascii=False, indent=1) + "\n")
+    kept = {_weights(folder, name, digest) for name, digest in sums.items()}
+    for older in {*folder.glob("model-*.safetensors"), *folder.glob("prior-*.safetensors")} - kept:
+        older.unlink()
 
 
 def load(folder: Path) -> Bundle:
@@ -78,13 +80,18 @@ def load(folder: Path) -> Bundle:
         config = Config(**about["config"])
         model = config.build(tuple(about["image_shape"]))
         prior = ladder.build(about["rung"], model, about["count"])
-        for name, module in ((MODEL, model), (PRIOR, prior)):
-            content = (folder / name).read_bytes()
+        for name, module in (("model", model), ("prior", prior)):
+            path = _weights(folder, name, about["sha256"][name])
+            content = path.read_bytes()
             if hashlib.sha256(content).hexdigest() != about["sha256"][name]:
-                raise BundleError(f"{folder / name} is damaged: its checksum is not the one in {DESCRIPTION}")
+                raise BundleError(f"{path} is damaged: its checksum is not the one in {DESCRIPTION}")
             module.load_state_dict(safetensors.torch.load(content))
     except BundleError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OSError) as error:
         raise BundleError(f"{folder} does not fit this version of vaenb, or is incomplete: {error}") from error
     return Bundle(model.eval().requires_grad_(False), prior.requires_grad_(False), about)
+
+
+def _weights(folder: Path, name: str, digest: str) -> Path:
+    return folder / f"{name}-{digest[:16]}.safetensors"

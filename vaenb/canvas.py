@@ -1,4 +1,4 @@
-"""Images of any size, in the memory of a band of tiles.
+"""Images of any size: besides the picture or the map that goes in, in the memory of a band of tiles.
 
 What a convolution puts out at a place depends on no input farther away than its *halo*. So a canvas is computed tile by
 tile, each with a halo around it that is thrown away afterwards, and equals what would be computed at once. Where a tile

@@ -12,10 +12,6 @@ from vaenb.pixels import LIKELIHOODS
 
 REDUCTIONS = ("sum", "mean")
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
-PRESETS = {  # for photographs: small for minutes on two cores, large for a GPU
-    "small": {"likelihood": "logistic", "hidden": (32, 64), "latent_channels": 4, "epochs": 12, "batch_size": 32},
-    "large": {"likelihood": "logistic", "hidden": (128, 256), "latent_channels": 8, "epochs": 60, "precision": "bf16-mixed"},
-}
 
 
 class ConfigError(ValueError):

@@ -56,21 +56,28 @@ class FlowMatching(Convolutional):
 
     Args:
         shape, patch, position_aware, training: see ``priors.Convolutional``.
-        hidden, blocks: width and depth; it sees one position farther than it has blocks.
+        hidden: width.
+        dilations: of the blocks, one after the other; it sees one position farther than their sum.
         steps: of the midpoint rule, two evaluations of the network each.
         components: of a mixture of Gaussians to start from, which has one shape only; 0: from N(0, I), on any grid.
     """
 
     def __init__(
-        self, shape: Sequence[int], hidden: int = 64, blocks: int = 4, steps: int = 12, components: int = 0, **options: float
+        self,
+        shape: Sequence[int],
+        hidden: int = 64,
+        dilations: Sequence[int] = (1, 1, 1, 1),
+        steps: int = 12,
+        components: int = 0,
+        **options: float,
     ):
         super().__init__(shape, hidden, **options)
-        self.steps, self.any_grid, self.halo = steps, not components, 1 + blocks
+        self.steps, self.any_grid, self.halo = steps, not components, 1 + sum(dilations)
         self.start = Mixture(shape, components, sweeps=(8, 0)) if components else StandardNormal(shape)
         self.start.requires_grad_(False)
         self.first = nn.Conv2d(self.channels, hidden, 3, padding=1)
         self.time = nn.Sequential(nn.Linear(16, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU())
-        self.blocks = nn.ModuleList(Block(hidden) for _ in range(blocks))
+        self.blocks = nn.ModuleList(Block(hidden, dilation) for dilation in dilations)
         self.last = nn.Conv2d(hidden, self.channels, 1)
         nn.init.zeros_(self.last.weight)
         self.register_buffer("frequencies", math.pi * 2.0 ** torch.arange(-1, 7) / 2, persistent=False)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -63,7 +64,7 @@ class Broken:
         """Say which files were skipped, if there are more of them than last time."""
         if len(self.reasons) > self.told:
             self.told = len(self.reasons)
-            warnings.warn(f"{self}: other images take their places", stacklevel=2)
+            warnings.warn(f"{self}: they are skipped", stacklevel=2)
 
     def __str__(self):
         named = [f"{path} ({reason})" for path, reason in sorted(self.reasons.items())[:NAMED]]
@@ -122,10 +123,8 @@ class Crops:
         files and the seed alone.
 
         Returns:
-            uint8, (n, 3, side, side), and the reason for each broken file that was met, by path.
-
-        Raises:
-            DataError: no file can be decoded.
+            uint8, (n, 3, side, side), and the reason for each broken file that was met, by path; no crops if these are
+            so many that ``Broken.add`` refuses the folder.
         """
         result, broken = [], {}
         for owner, group in itertools.groupby(crops, key=lambda crop: int(self.owners[crop])):
@@ -139,8 +138,8 @@ class Crops:
                     break
                 except Unreadable as error:
                     broken[path] = error.reason
-            else:
-                raise DataError(f"not one of {len(self.files)} image files in {self.root} can be decoded")
+                    if len(broken) > BROKEN * self.broken.count:  # more than ``Broken.add`` puts up with
+                        return torch.empty(0, *self.shape[1:], dtype=torch.uint8), broken
         return torch.stack(result) if result else torch.empty(0, *self.shape[1:], dtype=torch.uint8), broken
 
 
@@ -215,7 +214,7 @@ class FolderSet:
             DataError: too many broken files.
         """
         seed = int(torch.randint(2**62, (), generator=draw))
-        parts = [share(batch).tolist() for batch in self.train.order(draw).split(batch_size)]
+        parts = (share(batch).tolist() for batch in self.train.order(draw).split(batch_size))
         loader = DataLoader(
             _Epoch(self.train, seed),
             batch_size=None,  # a part is one item
@@ -223,9 +222,14 @@ class FolderSet:
             num_workers=workers(),
             generator=torch.Generator(),  # else the loader would draw from the caller's random numbers
         )
-        for crops, broken in loader:
-            self.train.broken.add(broken)
-            yield crops.to(device)
+        try:
+            for crops, broken in loader:
+                self.train.broken.add(broken)
+                yield crops.to(device)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise DataError(f"a process that decodes images was killed ({error}): is there enough memory?") from error
         self.train.broken.warn()
 
 
@@ -319,6 +323,7 @@ def cut(path: Path, places: Sequence[Sequence[float]], side: int) -> list[Tensor
         Unreadable: the file cannot be decoded, or is smaller than a crop.
     """
     with opened(path) as image:
+        ImageOps.exif_transpose(image, in_place=True)
         room = [length - side + 1 for length in (image.height, image.width)]  # places for a crop along each axis
         if min(room) < 1:
             raise Unreadable(path, f"{image.height}×{image.width} pixels, smaller than a crop")

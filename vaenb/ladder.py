@@ -28,6 +28,7 @@ from vaenb.gaussians import FullGaussian, Mixture, PositionGaussian
 from vaenb.models import VAE
 from vaenb.priors import Convolutional, Prior, StandardNormal
 from vaenb.progress import Progress
+from vaenb.stationary import StationaryFlow
 from vaenb.train import Run, one_thread
 from vaenb.two_stage import TwoStage, Vamp
 
@@ -43,9 +44,10 @@ RUNGS: dict[str, tuple[type[Prior], dict[str, Any]]] = {
     "flow matching": (FlowMatching, {"position_aware": True, "components": 100, "steps": 5}),
 }
 ANY_SIZE: dict[str, tuple[type[Prior], dict[str, Any]]] = {  # translation-equivariant, for maps of any size
-    "stationary flow": (FlowMatching, {"patch": 1, "epochs": 6, "batch_size": 32}),
+    "stationary flow": (StationaryFlow, {"patch": 1}),
 }
 SIDE = 7  # positions of a map, along each axis, that convolutional priors work on: larger maps come in patches
+PART = 2_000  # images that are encoded at once
 COUNT = 90_000  # latents that a prior learns from: several draws of each image
 AT_A_POSITION = 8  # components of the autoregressive prior where a patch is one latent; fewer where it is more
 REFINE = 2  # sweeps of expectation maximisation after joint training
@@ -187,9 +189,8 @@ def _kept_draws(run: Run, count: int) -> Tensor:
 def _draws(model: VAE, images: Tensor | Crops, count: int) -> Tensor:
     """``count`` draws of z: as many of each image as that takes, or one of each of some of them."""
     chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count].sort().values
-    images = images[chosen]  # now they are in memory, also those of a folder
-    draws = [dependence.aggregate(model, images, seed=1 + i) for i in range(math.ceil(count / len(images)))]
-    return torch.cat(draws)[:count]
+    parts = chosen.split(PART) * math.ceil(count / len(images))  # those of a folder are decoded part by part
+    return torch.cat([dependence.aggregate(model, images[part], seed=1 + i) for i, part in enumerate(parts)])[:count]
 
 
 def _save(path: Path, module: torch.nn.Module) -> None:

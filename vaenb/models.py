@@ -20,6 +20,7 @@ from vaenb import pixels
 ARMS = ("spatial", "dense", "mixed")
 STRIDES = (1, 2, 4)
 PADDINGS = ("zeros", "circular")
+LOG_SCALE = -3.0  # of photographs' grey values around their means, in units of their range, before training
 BATCH = 125  # images through a model at once when nothing is trained: what fits into a cache is faster
 
 
@@ -140,8 +141,7 @@ class VAE(nn.Module):
         self.decoder = nn.Sequential(
             nn.GELU(), _up(inner, outer, stride >= 2, padding), nn.GELU(), _up(outer, channels, stride == 4, padding)
         )
-        # As wide as the grey values of photographs are around their mean, to begin with.
-        self.log_scale = None if likelihood == "bernoulli" else nn.Parameter(torch.full((channels,), -2.0))
+        self.log_scale = None if likelihood == "bernoulli" else nn.Parameter(torch.full((channels,), LOG_SCALE))
         if arm == "dense":
             self.latent_shape = (latents or latent_channels * height * width,)
             flat = inner * height * width
@@ -180,7 +180,7 @@ class VAE(nn.Module):
         padding = (0, width * self.stride - x.shape[-1], 0, height * self.stride - x.shape[-2])
         if any(padding):
             x = F.pad(x, padding, mode="replicate")
-        mean, log_variance = self.to_latent(self.encoder(x)).chunk(2, dim=1)
+        mean, log_variance = _at_least_single(self.to_latent(self.encoder(x))).chunk(2, dim=1)
         return Independent(Normal(mean, (0.5 * log_variance).exp(), validate_args=False), mean.ndim - 1, validate_args=False)
 
     def decode(self, z: Tensor, size: tuple[int, int] | None = None) -> Independent:
@@ -199,7 +199,7 @@ class VAE(nn.Module):
             self._check_grid(tuple(z.shape[-2:]))
         if size is None and tuple(z.shape[1:]) == self.latent_shape:
             size = self.image_shape[1:]
-        output = self.decoder(self.from_latent(z))
+        output = _at_least_single(self.decoder(self.from_latent(z)))
         if size is not None:
             output = output[..., : size[0], : size[1]]
         return pixels.distribution(self.likelihood, output, self.log_scale)
@@ -247,6 +247,11 @@ def _up(channels_in: int, channels_out: int, double: bool, padding: str) -> nn.M
     if double:
         return SubpixelUp(channels_in, channels_out, padding)
     return nn.Conv2d(channels_in, channels_out, kernel_size=3, padding=1, padding_mode=padding)
+
+
+def _at_least_single(x: Tensor) -> Tensor:
+    """Single precision where layers compute in 16 bits, whose steps are as wide as those of grey values."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def reparametrise(q: Independent, noise: Tensor) -> Tensor:

@@ -1,6 +1,5 @@
 """Picture files: many formats in, always as 8-bit RGB; PNG out, written as it is made."""
 
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +8,8 @@ import numpy as np
 import png
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
+
+from vaenb.runs import atomic
 
 FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "GIF", "BMP", "PPM", "TGA", "JPEG2000", "AVIF")  # none that runs other programs
 EXTENSIONS = {
@@ -57,7 +58,7 @@ def rgb(picture: Image.Image) -> np.ndarray:
     if picture.has_transparency_data:
         rgba = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", rgba.size, "black"), rgba)
-    return np.asarray(picture.convert("RGB"))
+    return np.asarray(picture if picture.mode == "RGB" else picture.convert("RGB"))
 
 
 def read(path: Path) -> np.ndarray:
@@ -67,7 +68,8 @@ def read(path: Path) -> np.ndarray:
         Unreadable: not a picture, damaged, cut short, or of floating-point numbers; the message names the file.
     """
     with opened(path) as picture:
-        return rgb(ImageOps.exif_transpose(picture))
+        ImageOps.exif_transpose(picture, in_place=True)
+        return rgb(picture)
 
 
 def files(paths: Iterable[Path]) -> list[Path]:
@@ -96,15 +98,10 @@ def write_png(path: Path, bands: Iterable[Tensor], size: tuple[int, int], channe
         channels: 1 or 3.
 
     Raises:
-        OSError: the folder cannot be written to, or the disk is full; nothing is left under either name.
+        runs.DiskFull, OSError: no space, or a folder that cannot be written to; nothing is left under either name.
     """
     height, width = size
     writer = png.Writer(width, height, greyscale=channels == 1, bitdepth=8, compression=3)
     rows = (row for band in bands for row in (band.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).flatten(1).numpy())
-    temporary = path.with_name(f".{path.name}-{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            writer.write(file, rows)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic(path) as file:
+        writer.write(file, rows)

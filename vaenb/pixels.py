@@ -21,7 +21,7 @@ from vaenb.data import binarise
 
 LIKELIHOODS = ("bernoulli", "logistic", "gaussian")
 LEVELS = 255  # steps between the darkest and the brightest grey value
-LEAST_LOG_SCALE = -7.0  # a quarter of a grey value: a narrower distribution is all in one bin anyhow
+LEAST_LOG_SCALE = -7.0  # a quarter of a grey value: a narrower distribution is nearly all in one bin
 
 
 class Discretised(Distribution):

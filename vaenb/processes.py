@@ -26,7 +26,7 @@ from vaenb import runs
 
 # How long a process waits for the others before it gives up. The longest honest wait is that for process 0 while it
 # evaluates the test images; of a process that dies, the others are told at once, when its connections close.
-TIMEOUT = timedelta(minutes=10)
+TIMEOUT = timedelta(minutes=30)
 POLL = 2.0  # seconds between two looks at a run that another job is busy with
 
 

@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 
@@ -49,12 +49,22 @@ def write_atomically(path: Path, content: bytes | str) -> None:
     Raises:
         DiskFull: the device or quota has no room; the temporary file is gone and an older ``path`` is untouched.
     """
-    content = content.encode() if isinstance(content, str) else content
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to that gets its name when the block ends, and is removed when the block fails.
+
+    Raises:
+        DiskFull: see ``write_atomically``.
+    """
     temporary = path.with_name(f".{path.name}-{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -62,8 +72,8 @@ def write_atomically(path: Path, content: bytes | str) -> None:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DiskFull(
                 error.errno,
-                f"no space left on the device for {path} ({len(content):,} bytes): free some space and run the same "
-                "command again, it goes on from the last complete file",
+                f"no space left on the device for {path}: free some space and run the same command again, it goes on from "
+                "the last complete file",
             ) from error
         raise
     finally:

@@ -22,7 +22,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from vaenb import checkpoints, data, folders, models, pixels, processes, runs
+from vaenb import checkpoints, data, folders, models, pictures, pixels, processes, runs
 from vaenb.config import Config, ConfigError, loss_of
 from vaenb.progress import Progress
 
@@ -113,14 +113,13 @@ def fit(config: Config, wait: bool = True) -> Run:
     """
     images = data.load(config.dataset)
     config.stride(images.image_shape[1:])  # a wrong map size must fail before anything is written
-    smallest = len(images.train) % config.batch_size or config.batch_size  # batch, which is the last one
-    if smallest < processes.count():
+    if config.batch_size < processes.count():
         raise ConfigError(
-            f"{processes.count()} processes share batches of {config.batch_size}, and the last one of {len(images.train)} "
-            f"images has {smallest}: start at most {smallest}, or change batch_size"
+            f"{processes.count()} processes share batches of {config.batch_size}: start at most {config.batch_size}, or "
+            "raise batch_size"
         )
     spec = {"config": dataclasses.asdict(config), "data": images.fingerprint, "torch": torch.__version__}
-    code = [*CODE, folders] if isinstance(images, data.FolderSet) else CODE
+    code = [*CODE, folders, pictures] if isinstance(images, data.FolderSet) else CODE
     return Run(config, processes.entry(config.label, spec, code, functools.partial(_train, config, images), wait))
 
 
@@ -194,9 +193,12 @@ def _train(config: Config, images: data.ImageSet | data.FolderSet, folder: Path)
                 noise = processes.share(torch.randn(size, *model.latent_shape, generator=draw)).to(fabric.device)
                 for group in optimiser.param_groups:
                     group["lr"] = config.learning_rate * schedule((epoch * steps + step) / (config.epochs * steps))
+                here = len(batch)
+                if not here:  # of a last batch with fewer images than there are processes: one image without weight
+                    batch, uniform, noise = (x.new_zeros(1, *x.shape[1:]) for x in (batch, uniform, noise))
                 rate, distortion = wrapped(model.observed(batch, uniform), noise)
-                loss = loss_of(config, rate, distortion, latents, entries) * (len(batch) / size)  # this share's part
-                terms = processes.total(torch.stack([loss, rate.sum(), distortion.sum()]).detach())
+                loss = loss_of(config, rate, distortion, latents, entries) * (here / size)  # this share's part
+                terms = processes.total(torch.stack([loss, rate[:here].sum(), distortion[:here].sum()]).detach())
                 stop_if_diverged(terms[0].item(), f"at step {step + 1} of epoch {epoch + 1}")
                 optimiser.zero_grad()
                 fabric.backward(loss * processes.count())  # gradients are then averaged over the processes
