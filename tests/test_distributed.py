@@ -23,14 +23,18 @@ from vaenb import processes
 from vaenb.config import Config
 from vaenb.train import fit
 
+def say(text):
+    sys.stdout.write(text + "\\n")  # in one piece: the other process writes as well
+    sys.stdout.flush()
+
 processes.TIMEOUT = datetime.timedelta(seconds=float(os.environ.get("TIMEOUT", 60)))
-print("process", os.environ["RANK"], os.getpid(), flush=True)
+say(f"process {os.environ['RANK']} {os.getpid()}")
 for argument in sys.argv[1:]:
     try:
         run = fit(eval(argument))
-        print("finished", run.config.seed, len(run.history["epoch"]), run.model.training, flush=True)
+        say(f"finished {run.config.seed} {len(run.history['epoch'])} {run.model.training}")
     except Exception as error:
-        print(f"{type(error).__name__}: {error}", flush=True)
+        say(f"{type(error).__name__}: {error}")
         if isinstance(error, processes.ProcessLost):
             sys.exit(3)
 """
@@ -111,7 +115,7 @@ def test_two_processes_train_the_curve_of_one_from_nothing_and_from_its_checkpoi
     output = job.communicate(timeout=200)[0]
     assert job.returncode == 0, output
     assert output.count("ConfigError: 2 processes share batches of 1") == 2
-    assert output.count("finished 0 3 False") == output.count("finished 1 3 False") == 2
+    assert output.count("finished 0 3 False") == output.count("finished 1 3 False") == 2, output
     assert output.count("epoch 1/3") == 1  # one process shows it, and the second run goes on from its checkpoint
     assert output.count("epoch 2/3") == 2
     found = [path for path in (tmp_path / "together" / "runs").iterdir() if not path.name.startswith(".")]
