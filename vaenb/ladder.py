@@ -44,7 +44,7 @@ RUNGS: dict[str, tuple[type[Prior], dict[str, Any]]] = {
     "flow matching": (FlowMatching, {"position_aware": True, "components": 100, "steps": 5}),
 }
 ANY_SIZE: dict[str, tuple[type[Prior], dict[str, Any]]] = {  # translation-equivariant, for maps of any size
-    "stationary flow": (StationaryFlow, {"patch": 1}),
+    "stationary flow": (StationaryFlow, {"patch": 2}),
 }
 SIDE = 7  # positions of a map, along each axis, that convolutional priors work on: larger maps come in patches
 PART = 2_000  # images that are encoded at once
