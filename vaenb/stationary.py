@@ -144,7 +144,7 @@ def _kernel(width: int) -> Tensor:
 
 
 def _at_distance(z: Tensor, r: int) -> Tensor:
-    """Covariance of the channels of z, (N, C, h, w) of mean 0, with those r positions away along rows and columns, (C, C)."""
+    """Covariance of the channels of z, (N, C, h, w) of mean 0, with those r positions away along an axis, (C, C)."""
     along = z[..., r:], z[..., : z.shape[3] - r]
     down = z[..., r:, :], z[..., : z.shape[2] - r, :]
     products = [torch.einsum("nixy,njxy->ij", a, b) / (a.numel() / a.shape[1]) for a, b in (along, down)]
