@@ -71,9 +71,9 @@ def map_sizes(
         curves: quantity -> per size, one value per seed, nats per image.
         title: of the figure.
     """
-    with styled(7.6, title) as figure:
-        above, below = figure.subfigures(2, 1, height_ratios=[4.9, 2.5])
-        grid = above.subplots(3, len(sizes), height_ratios=[0.34, 0.66, 3.0], squeeze=False)
+    with styled(7.2, title) as figure:
+        above, below = figure.subfigures(2, 1, height_ratios=[4.6, 2.5])
+        grid = above.subplots(3, len(sizes), height_ratios=[0.34, 0.5, 3.0], squeeze=False)
         for column, size in enumerate(sizes):
             show_ink(grid[0, column], images, len(images), f"{size}×{size} map: {size * size} latents")
             shown = _show_means(grid[1, column], means[column])
@@ -123,8 +123,8 @@ def reshaped_latents(
         statistics: name -> (observed, null values) of ``dependence.neighbour_test``.
         title: of the figure.
     """
-    with styled(7.4, title) as figure:
-        above, below = figure.subfigures(2, 1, height_ratios=[4.9, 2.3])
+    with styled(6.2, title) as figure:
+        above, below = figure.subfigures(2, 1, height_ratios=[3.8, 2.2])
         rows = above.subplots(1 + len(maps), 1)
         show_ink(rows[0], images, len(images), "test images")
         for axes, (name, values) in zip(rows[1:], maps.items(), strict=True):
