@@ -123,7 +123,7 @@ class Patchwork(Prior):
 
     any_grid = True
 
-    def __init__(self, shape: Sequence[int], kinds: int = 24):
+    def __init__(self, shape: Sequence[int], kinds: int = 16):
         super().__init__(shape)
         channels = self.shape[0]
         self.field = GaussianField(shape)
@@ -215,7 +215,7 @@ class StationaryFlow(FlowMatching):
         patch: int = 2,
         epochs: int = 8,
         batch_size: int = 32,
-        kinds: int = 24,
+        kinds: int = 16,
         **options: float,
     ):
         super().__init__(shape, hidden, dilations, steps, patch=patch, epochs=epochs, batch_size=batch_size, **options)
