@@ -6,13 +6,15 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
 import torch.distributed
 from lightning_fabric.plugins.precision import MixedPrecision
+from PIL import Image
 
-from vaenb import checkpoints, models, processes, runs
+from vaenb import bundle, checkpoints, models, processes, runs
 from vaenb.config import Config, ConfigError
 from vaenb.train import fit
 
@@ -124,6 +126,23 @@ def test_two_processes_train_the_curve_of_one_from_nothing_and_from_its_checkpoi
         assert run.folder in found
         assert runs.read(run.folder)["summary"]["processes"] == 2
         check_same(run, expected)
+
+
+def test_the_command_line_in_two_processes_writes_one_model(tmp_path):
+    generator = np.random.default_rng(0)
+    (tmp_path / "my archive").mkdir()
+    for index in range(12):
+        picture = generator.integers(256, size=(70, 64, 3), dtype=np.uint8)
+        Image.fromarray(picture).save(tmp_path / "my archive" / f"{index}.png")
+    command = [*torchrun(), "-m", "vaenb", "train", f"folder:{tmp_path / 'my archive'}", "--epochs", "1"]
+    job = subprocess.run(
+        [*command, "--out", str(tmp_path / "model")], env=environment(tmp_path / "build"), capture_output=True, text=True
+    )
+    assert job.returncode == 0, job.stderr
+    assert job.stdout.count("a VAE and its prior, ready") == 1
+    assert bundle.load(tmp_path / "model").model.image_shape == (3, 64, 64)
+    (run,) = (tmp_path / "build" / "runs").glob("folder-my-archive-spatial-*-s0-????????????????")
+    assert runs.read(run)["summary"]["processes"] == 2
 
 
 def test_a_killed_process_ends_the_job_and_one_process_goes_on_from_its_checkpoint(tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ from vaenb.photographs import PRESETS
 from vaenb.train import TrainingDiverged, fit
 
 MOST_LATENTS = 20_000_000  # numbers that a prior learns from: they are held in memory
+FEWEST_LATENTS = 200  # maps: several draws of each image, where there are only a few
 EXPECTED = (ValueError, data.DataError, TrainingDiverged, OSError, processes.ProcessLost, processes.ProcessesDiffer)
 ABOUT = """\
 Fully convolutional VAEs of photographs of any size: train one on 64×64 tiles, then send images of any size through it, or
@@ -58,7 +59,7 @@ def train(options: argparse.Namespace) -> None:
     run = fit(Config(options.data, latent_size=math.ceil(images.image_shape[1] / 4), seed=options.seed, **settings))
     if first:
         affordable = MOST_LATENTS // math.prod(run.model.latent_shape)
-        repaired = ladder.repair(run, "stationary flow", count=max(2, min(len(images.train), affordable)))
+        repaired = ladder.repair(run, "stationary flow", count=max(FEWEST_LATENTS, min(len(images.train), affordable)))
         bundle.save(repaired, options.out)
         print(f"{options.out}: a VAE and its prior, ready for reconstruct and sample")
 
