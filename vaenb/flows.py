@@ -17,6 +17,8 @@ from vaenb.canvas import tiled
 from vaenb.gaussians import Mixture
 from vaenb.priors import Convolutional, Learned, StandardNormal
 
+TILE = 128  # patches along each side of what the velocity is computed of at once: so large that halos cost little
+
 
 class Flow(Learned):
     """Masked autoregressive flow of rational-quadratic splines (Durkan et al. 2019; Papamakarios et al. 2017), from zuko."""
@@ -124,7 +126,7 @@ class FlowMatching(Convolutional):
         """The same as ``velocity``, on large grids in the memory of a tile."""
         if self.position is not None:  # it has to know where in the whole it is
             return self.velocity(z, t)
-        return tiled(lambda part: self.velocity(part, t), z, self.halo)
+        return tiled(lambda part: self.velocity(part, t), z, self.halo, TILE)
 
     def _log_prob(self, z: Tensor) -> Tensor:
         """Unbiased up to the steps: the divergence along the way back to noise is estimated with a random direction.

@@ -8,33 +8,38 @@ MODEL is a folder that ``python -m vaenb train`` wrote; SCENE a picture to recon
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 SIDES = (512, 1024, 2048, 4096)
 
 
-def measured(*arguments: str) -> tuple[float, float]:
-    """Seconds and peak memory in GiB of a command of vaenb."""
-    code = "import resource, sys; from vaenb.__main__ import main; status = main(sys.argv[1:]); " \
-           "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss); sys.exit(status)"  # fmt: skip
-    started = time.perf_counter()
-    said = subprocess.run([sys.executable, "-c", code, *arguments], check=True, stdout=subprocess.PIPE, text=True).stdout
-    unit = 1 if sys.platform == "darwin" else 1024
-    return time.perf_counter() - started, int(said.split()[-1]) * unit / 2**30
+def measured(model: str, folder: str, *arguments: str) -> tuple[float, float]:
+    """Seconds and peak memory in GiB of a command of vaenb, in a process that has drawn a small picture before."""
+    code = """if True:
+        import resource, sys, time
+        from vaenb.__main__ import main
+        model, folder, *arguments = sys.argv[1:]
+        main(["sample", model, "--size", "256x256", "--out", folder + "/first.png"])
+        started = time.perf_counter()
+        status = main(arguments)
+        print(time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+        sys.exit(status)"""
+    command = [sys.executable, "-c", code, model, folder, *arguments]
+    said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    seconds, memory = said.split()[-2:]
+    return float(seconds), int(memory) * (1 if sys.platform == "darwin" else 1024) / 2**30
 
 
 def benchmark(model: str, scene: str | None) -> None:
-    """Print a table; the time of starting Python is measured apart and taken off."""
+    """Print a table."""
     with tempfile.TemporaryDirectory() as folder:
-        start, _ = measured("info", model)
-        print(f"start: {start:.1f} s")
         for side in SIDES:
-            seconds, memory = measured("sample", model, "--size", f"{side}x{side}", "--out", str(Path(folder, "sample.png")))
-            each = (seconds - start) / (side / 1024) ** 2
+            out = ["--size", f"{side}x{side}", "--out", str(Path(folder, "sample.png"))]
+            seconds, memory = measured(model, folder, "sample", model, *out)
+            each = seconds / (side / 1024) ** 2
             print(f"sample {side}×{side}: {seconds:.1f} s, {each:.2f} s per 1024², peak memory {memory:.2f} GiB", flush=True)
         if scene:
-            seconds, memory = measured("reconstruct", model, scene, "--out", folder)
+            seconds, memory = measured(model, folder, "reconstruct", model, scene, "--out", folder)
             print(f"reconstruct {Path(scene).name}: {seconds:.1f} s, peak memory {memory:.2f} GiB")
 
 
