@@ -17,7 +17,7 @@ READY := build/.venv/ready-$(shell (cat pyproject.toml constraints.txt; pwd) | c
 PY := $(or $(INTERPRETER),build/.venv/bin/python)
 RUN := $(PY) -m vaenb.execute
 
-.PHONY: help setup figures test lab bench lint clean refresh made
+.PHONY: help setup figures paper test lab bench lint clean refresh made
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -61,8 +61,11 @@ $(filter-out $(MAPS),$(BOOKS)):
 test: setup  ## unit, property and notebook tests; no network needed
 	@$(PY) -m pytest --nbval -n 2 -q
 
-lab: setup  ## JupyterLab on the notebooks
-	@$(PY) -m jupyterlab --notebook-dir=notebooks
+paper: setup  ## the write-up from the committed figures, with all notebooks, as one page: build/paper.html
+	@$(RUN) --in-place 00_paper && $(PY) -m vaenb.page
+
+lab: setup  ## JupyterLab on the notebooks, at the write-up and its table of contents
+	@$(PY) -m jupyterlab --notebook-dir=notebooks --LabApp.default_url=/lab/tree/00_paper.ipynb
 
 bench: setup  ## our priors beside the samplers of pythae, on MNIST (an optional extra, a quarter of an hour)
 	@$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'

@@ -133,8 +133,13 @@ def test_auto_falls_back_to_digits_loudly(capsys):
 
 def test_mnist_never_falls_back():
     assert data.resolve("mnist") == "mnist"
-    with pytest.raises(data.DataError, match="download failed"):
+    with pytest.raises(data.DataError, match=r"download failed: .*what needs no network: digits"):
         data.load("mnist")
+
+
+def test_without_a_network_the_command_line_hears_of_the_embedded_photographs():
+    with pytest.raises(data.DataError, match=r"download failed: .*what needs no network: photos or folder:PATH"):
+        data.load("eurosat")
 
 
 def test_a_damaged_mnist_is_no_reason_to_fall_back(tmp_path, monkeypatch):

@@ -304,7 +304,11 @@ def _download(cls: type, own: Path) -> None:
 
 def _unreachable(name: str, error: Exception) -> _Unreachable:
     reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
-    return _Unreachable(f"{name} is in none of $VAENB_DATA, ../shared/data, build/data, and the download failed: {reason}")
+    embedded = "photos or folder:PATH" if name == "eurosat" else "digits"
+    return _Unreachable(
+        f"{name} is in none of $VAENB_DATA, ../shared/data, build/data, and the download failed: {reason}. "
+        f"Put its files in one of them, or take what needs no network: {embedded}"
+    )
 
 
 @contextmanager

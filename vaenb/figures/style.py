@@ -81,7 +81,7 @@ def save(
     picture = io.BytesIO()
     with mpl.rc_context(STYLE):
         figure.savefig(picture, format="png", dpi=DPI, metadata={"Software": None})  # the version would change the bytes
-    content = {"alt": alt, "caption": caption, "numbers": {key: _encode(value) for key, value in numbers.items()}}
+    content = {"alt": alt, "caption": caption, "numbers": {key: encode(value) for key, value in numbers.items()}}
     folder = figures_folder(dataset)
     write_atomically(folder / f"{name}.png", picture.getvalue())
     write_atomically(folder / f"{name}.json", json.dumps(content, ensure_ascii=False, indent=1) + "\n")
@@ -135,14 +135,15 @@ def side_by_side(figure: FigureBase, panels: Mapping[str, T]) -> Iterator[tuple[
         yield axes, name, content
 
 
-def _encode(value: Any) -> Any:
+def encode(value: Any) -> Any:
+    """JSON-able: arrays as type, shape and base64; ``read_numbers`` undoes it."""
     if isinstance(value, np.ndarray):
         value = value.astype(np.float32) if value.dtype.kind == "f" else value
         return {"dtype": str(value.dtype), "shape": value.shape, "base64": base64.b64encode(value.tobytes()).decode()}
     if isinstance(value, Mapping):
-        return {str(key): _encode(item) for key, item in value.items()}
+        return {str(key): encode(item) for key, item in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_encode(item) for item in value]
+        return [encode(item) for item in value]
     return value.item() if isinstance(value, np.generic) else value
 
 

@@ -1,0 +1,94 @@
+"""Is the prior the problem? For any VAE with a prior N(0, I): what is needed is draws of its latents, and its decoder."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vaenb.dependence import permute
+from vaenb.gaussians import FullGaussian, Mixture, PositionGaussian
+from vaenb.priors import Prior, StandardNormal
+
+NEGLIGIBLE = 1.0  # nats per image
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What N(0, I) leaves out.
+
+    Attributes:
+        gains: for each prior r fitted to the latents, what it would gain in ELBO over N(0, I) with encoder and decoder as
+            they are: E[log r(z) − log N(z; 0, I)] over held-out latents, nats per image (Hoffman & Johnson 2016). Up to
+            chance each is a lower bound on KL(q(z) ‖ N(0, I)).
+        errors: standard errors of these means.
+        sources: latents to decode and look at, (n, *shape) each, from real ones to N(0, I).
+        priors: the fitted ones, to sample from.
+    """
+
+    gains: dict[str, float]
+    errors: dict[str, float]
+    sources: dict[str, Tensor]
+    priors: dict[str, Prior]
+
+    def verdict(self) -> str:
+        """In a few sentences, what is wrong with the prior and what would mend it."""
+        marginals, gaussian, mixture = (self.gains[name] for name in ("marginals", "one Gaussian", "mixture"))
+        best = max(marginals, gaussian, mixture)
+        if best < NEGLIGIBLE:
+            return (
+                f"No prior tried gains {NEGLIGIBLE:.0f} nat per image over N(0, I). If samples are bad although "
+                "reconstructions are good, look elsewhere: at the decoder, or at dependence that these priors do not see."
+            )
+        parts = [f"N(0, I) costs at least {best:.1f} nats per image."]
+        parts.append(f"Means and variances of single latents are worth {max(marginals, 0):.1f} of them,")
+        parts.append(f"dependence between latents {best - max(marginals, 0):.1f}.")
+        if best - marginals < NEGLIGIBLE:
+            parts.append("A Gaussian for each latent repairs it.")
+        else:
+            parts.append("Independent latents cannot repair it: learn a joint prior, or let a layer connect all latents.")
+        return " ".join(parts)
+
+
+def diagnose(train: Tensor, held_out: Tensor, components: int = 100, show: int = 14, seed: int = 0) -> Diagnosis:
+    """Fit priors to latents, measure what each gains on others, and collect latents to decode.
+
+    Args:
+        train: draws z ~ q(z|x), one or more for each training image, in random order: (N, C, h, w), or (N, d).
+        held_out: one draw for each of other images, (n, *shape).
+        components: of the mixture, at most; fewer where there are few latents.
+        show: how many latents to decode of each source.
+        seed: of fits and draws.
+
+    Raises:
+        ValueError: latents of two shapes, NaN, or fewer than the Gaussian needs.
+    """
+    shape = tuple(train.shape[1:])
+    if tuple(held_out.shape[1:]) != shape:
+        raise ValueError(
+            f"held-out latents of shape {tuple(held_out.shape[1:])}, training latents of {shape}: expected one shape"
+        )
+    size = train[0].numel()
+    affordable = max(1, min(components, len(train) // (6 * size)))
+    priors = {
+        "marginals": PositionGaussian(shape),
+        "one Gaussian": FullGaussian(shape),
+        "mixture": Mixture(shape, affordable),
+    }
+    normal = StandardNormal(shape)
+    with torch.no_grad():
+        before = normal.log_prob(held_out)
+        gained = {name: prior.fit(train, seed).log_prob(held_out) - before for name, prior in priors.items()}
+    sources = {
+        "real: z ~ q(z|x)": held_out[:show],
+        "shuffled between images": permute(held_out, seed=seed)[:show],
+        "a Gaussian for each latent": priors["marginals"].sample(show, seed=seed),
+        "one Gaussian for all": priors["one Gaussian"].sample(show, seed=seed),
+        f"mixture of {affordable}": priors["mixture"].sample(show, seed=seed),
+        "N(0, I)": normal.sample(show, seed=seed),
+    }
+    return Diagnosis(
+        {name: gain.mean().item() for name, gain in gained.items()},
+        {name: (gain.std() / len(gain) ** 0.5).item() for name, gain in gained.items()},
+        sources,
+        priors,
+    )
