@@ -9,7 +9,7 @@ from vaenb.figures.controls import linear_model, textures
 from vaenb.figures.land import land
 from vaenb.figures.maps import dependence_fields, latent_maps, map_sizes, reshaped_latents
 from vaenb.figures.repair import neighbours, worth
-from vaenb.figures.strips import strips
+from vaenb.figures.strips import rows, strips
 from vaenb.figures.style import (
     ARM_COLOURS,
     ARM_TITLES,
@@ -19,9 +19,11 @@ from vaenb.figures.style import (
     grey,
     mosaic,
     new,
+    pictures,
     read_numbers,
     save,
     show_ink,
+    signed,
     styled,
 )
 from vaenb.figures.symptom import gallery, seed_points
@@ -48,12 +50,15 @@ __all__ = [
     "mosaic",
     "neighbours",
     "new",
+    "pictures",
     "quantiles",
     "read_numbers",
     "reshaped_latents",
+    "rows",
     "save",
     "seed_points",
     "show_ink",
+    "signed",
     "strips",
     "styled",
     "textures",

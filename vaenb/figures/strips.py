@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
-from vaenb.figures.style import show_ink, styled
+from vaenb.figures.style import INK, bare, mosaic, show_ink, styled
 
 TILE = 0.36  # inches per picture
 
@@ -62,4 +62,14 @@ def strips(
                         pattern.format(np.mean(values)), (max(values), 0), xytext=(7, 0), va="center", fontsize=8.5,
                         textcoords="offset points",
                     )  # fmt: skip
+    return figure
+
+
+def rows(pictures: Mapping[str, np.ndarray], title: str) -> Figure:
+    """Named rows of pictures, uint8, (n, H, W) or (n, H, W, 3), the same number in each."""
+    with styled(0.6 + 0.6 * len(pictures), title) as figure:
+        for axes, (name, images) in zip(figure.subplots(len(pictures), squeeze=False)[:, 0], pictures.items(), strict=True):
+            axes.imshow(mosaic(images, len(images)).astype(np.uint8), cmap=INK, vmin=0, vmax=255)
+            bare(axes)
+            axes.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
     return figure

@@ -103,6 +103,16 @@ def colour(images: Tensor) -> np.ndarray:
     return (images.detach().cpu().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
 
 
+def pictures(images: Tensor) -> np.ndarray:
+    """``grey`` or ``colour``, as the channels are."""
+    return grey(images) if images.shape[1] == 1 else colour(images)
+
+
+def signed(values: np.ndarray, limit: float) -> np.ndarray:
+    """Numbers (H, W) as uint8 colours (H, W, 3), from blue at −limit through white to red at +limit."""
+    return mpl.colormaps[DIVERGING]((values / limit + 1) / 2, bytes=True)[..., :3]
+
+
 def mosaic(images: np.ndarray, columns: int, gap: int = 2, fill: float = 255) -> np.ndarray:
     """Tile (N, H, W), or (N, H, W, 3), row by row, with ``gap`` pixels of ``fill`` between tiles."""
     count, height, width, *channels = images.shape
