@@ -17,7 +17,7 @@ READY := build/.venv/ready-$(shell (cat pyproject.toml constraints.txt; pwd) | c
 PY := $(or $(INTERPRETER),build/.venv/bin/python)
 RUN := $(PY) -m vaenb.execute
 
-.PHONY: help setup figures paper test lab bench lint clean refresh made
+.PHONY: help setup figures paper test lab bench faults fuzz lint clean refresh made
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -67,9 +67,15 @@ paper: setup  ## the write-up from the committed figures, with all notebooks, as
 lab: setup  ## JupyterLab on the notebooks, at the write-up and its table of contents
 	@$(PY) -m jupyterlab --notebook-dir=notebooks --LabApp.default_url=/lab/tree/00_paper.ipynb
 
-bench: setup  ## our priors beside the samplers of pythae, on MNIST (an optional extra, a quarter of an hour)
+bench: setup  ## training and priors beside pythae, on MNIST (an optional extra, twenty minutes on an idle machine)
 	@$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
-	@$(PY) tests/bench/samplers.py
+	@$(PY) tests/bench/training.py && $(PY) tests/bench/samplers.py
+
+faults: setup  ## kill -9, full disks, moved clocks and stores, two users at once (half an hour)
+	@$(PY) tests/bench/faults.py
+
+fuzz: setup  ## all readers against 15,000 damaged files each (minutes)
+	@VAENB_FUZZ=15000 $(PY) -m pytest -q -n 2 tests/test_hostile.py
 
 lint: setup  ## style and dead code
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check .

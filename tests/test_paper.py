@@ -62,7 +62,8 @@ def test_no_measured_number_is_typed_into_the_write_up():
     body = "\n".join(prose + said).partition("## References")[0] + "\n".join(said)
     body = re.sub(r"\{[^{}]*\}", "", body)
     for allowed in (
-        r"\d+×\d+(×\d+)?", r"E\d+\.\d+", r"\bT\d\b", r"`\d\d_\w+`", r"N\(0, I\)", r"\[[\d, ]+\]",
+        r"\d+×\d+(×\d+)?", r"E\d+\.\d+", r"\bT\d\b", r"`\d\d_\w+`", r"\[\d\d_\w+\]\(\d\d_\w+\.ipynb\)", r"N\(0, I\)",
+        r"\[[\d, ]+\]",
         r"n = \d", r"^\d\. ", r"95 %",
         r"[Ss]ections? \d+", r"^## \d+\.", r"\d+ (latents|positions|Gaussians|full Gaussians)", r"[Mm]ean square 1",
         r"steps 1 to 4", r"10 %", r"Δ = 0", r"64, 256 and 1024",

@@ -14,6 +14,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 
 from vaenb import ladder, runs
 from vaenb.checkpoints import contiguous
@@ -88,7 +89,7 @@ def load(folder: Path) -> Bundle:
             module.load_state_dict(safetensors.torch.load(content))
     except BundleError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OSError, SafetensorError) as error:
         raise BundleError(f"{folder} does not fit this version of vaenb, or is incomplete: {error}") from error
     return Bundle(model.eval().requires_grad_(False), prior.requires_grad_(False), about)
 

@@ -26,6 +26,10 @@ class Claim:
     holds: bool
 
 
+class ClaimsError(ValueError):
+    """A file of claims is damaged; the message names it and says what to do."""
+
+
 def figures_folder(dataset: str) -> Path:
     """Where a notebook's figures and claims go: ``figures/<dataset>``, or ``$VAENB_FIGURES`` while make stages them."""
     return Path(os.environ.get("VAENB_FIGURES") or ROOT / "figures" / dataset)
@@ -44,9 +48,28 @@ def conclude(name: str, dataset: str, claims: list[Claim]) -> None:
         print(f"{claim.id}  {'holds' if claim.holds else 'DOES NOT HOLD'}  {claim.claim}")
 
 
+def read(path: Path) -> list[dict[str, Any]]:
+    """The claims of a file, each with what ``Claim`` has.
+
+    Raises:
+        ClaimsError: the file is damaged.
+        OSError: it cannot be read.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return [{name: claim[name] for name in ("id", "claim", "measured", "holds")} for claim in content]
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ClaimsError(f"{path} holds no claims ({reason}): restore it, or delete it and make it anew") from None
+
+
 def lost(before: Path, now: Path) -> list[str]:
-    """Claims that held in one claims file and do not, or are missing, in another; as 'id sentence'."""
+    """Claims that held in one claims file and do not, or are missing, in another; as 'id sentence'.
+
+    Raises:
+        ClaimsError: one of them is damaged.
+    """
     if not before.exists():
         return []
-    holds = {claim["id"] for claim in json.loads(now.read_text()) if claim["holds"]} if now.exists() else set()
-    return [f"{c['id']} {c['claim']}" for c in json.loads(before.read_text()) if c["holds"] and c["id"] not in holds]
+    holds = {str(claim["id"]) for claim in read(now) if claim["holds"]} if now.exists() else set()
+    return [f"{claim['id']} {claim['claim']}" for claim in read(before) if claim["holds"] and str(claim["id"]) not in holds]

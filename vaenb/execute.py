@@ -117,7 +117,11 @@ def execute(notebook: str, path: Path, overrides: Mapping[str, Any]) -> bool:
         try:
             _papermill(source, copy, parameters, staging)
             for concluded in staging.glob("*.claims.json") if path.resolve().parent == NOTEBOOKS / "params" else ():
-                if gone := claims.lost(target / concluded.name, concluded):
+                try:
+                    gone = claims.lost(target / concluded.name, concluded)
+                except claims.ClaimsError as error:
+                    raise ExecutionError(str(error)) from None
+                if gone:
                     raise ExecutionError(
                         f"{name} no longer reproduces what {target / concluded.name} claims: {'; '.join(gone)}. If that is "
                         "right, delete that file and run the same command again"
@@ -205,12 +209,24 @@ def _papermill(source: Path, copy: Path, parameters: dict[str, Any], staging: Pa
 def _parameter_names(source: Path) -> set[str]:
     import papermill
 
-    return set(papermill.inspect_notebook(source))
+    try:
+        return set(papermill.inspect_notebook(source))
+    except Exception as error:  # papermill raises whatever it runs into
+        raise _damaged(source, error) from None
+
+
+def _damaged(source: Path, error: Exception) -> ExecutionError:
+    reason = " ".join(str(error).split())[:200]
+    return ExecutionError(f"{source} is no notebook that can be read ({type(error).__name__}: {reason}): restore it")
 
 
 def _key(source: Path, path: Path, overrides: Mapping[str, Any]) -> str:
     """Hash of everything that a notebook's output depends on, without loading any of it."""
-    cells = [(cell["cell_type"], "".join(cell["source"])) for cell in json.loads(source.read_text())["cells"]]
+    try:
+        content = json.loads(source.read_text(encoding="utf-8"))
+        cells = [(cell["cell_type"], "".join(cell["source"])) for cell in content["cells"]]
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise _damaged(source, error) from None
     digest = hashlib.sha256(json.dumps([cells, dict(overrides)], sort_keys=True).encode())
     modules = (file for file in (ROOT / "vaenb").rglob("*.py") if not file.parent.name.startswith((".", "__")))  # no caches
     for file in [path, ROOT / "constraints.txt", *sorted(modules)]:

@@ -22,12 +22,12 @@ from PIL import Image
 from vaenb.runs import ROOT, build_folder, write_atomically
 
 WRITE_UP = ROOT / "notebooks" / "00_paper.ipynb"
+DIAGNOSIS = ROOT / "notebooks" / "09_diagnosis.ipynb"  # an appendix, too, as it is committed
 EXPLORER = "<!-- explorer -->"  # where the write-up wants it
 CELLS = """
 {%- extends 'classic/base.html.j2' -%}
 {% block input_group %}<details><summary>code</summary>
 <pre tabindex="0"><code>{{ cell.source | escape }}</code></pre></details>{% endblock %}
-{% block output %}<div class="output">{% block execute_result %}{{ super() }}{% endblock %}</div>{% endblock %}
 {% block markdowncell %}<div>{{ cell.source | markdown2html | strip_files_prefix }}</div>{% endblock %}
 """
 
@@ -47,9 +47,12 @@ def build(dataset: str = "mnist") -> str:
     """
     folder = ROOT / "figures" / dataset
     paper = _write_up(WRITE_UP)
-    appendices = [_appendix(path) for path in sorted(folder.glob("0[1-9]_*.ipynb"))]
-    if not appendices:
+    executed = sorted(folder.glob("0[1-8]_*.ipynb"))
+    if not executed:
         raise PageError(f"there are no executed notebooks in {folder}: make them with make figures DATASET={dataset}")
+    appendices = [_appendix(path) for path in [*executed, DIAGNOSIS]]
+    for body in [paper, *(body for _, _, body in appendices)]:
+        _link(body, [anchor for anchor, _, _ in appendices])
     heading = paper.h1.get_text()
     contents = [(tag["id"], tag.get_text()) for tag in paper.find_all("h2")]
     contents += [("appendices", "Appendices: the notebooks")]
@@ -83,7 +86,7 @@ def _write_up(path: Path) -> BeautifulSoup:
 
 def _appendix(path: Path) -> tuple[str, str, BeautifulSoup]:
     """Anchor, heading and body of an executed notebook."""
-    exporter = HTMLExporter(raw_template=CELLS)
+    exporter = HTMLExporter(raw_template=CELLS, exclude_output_prompt=True)
     body, _ = exporter.from_notebook_node(_read(path))
     soup = _soup(body, f"{path.stem}-", level=2)
     heading = soup.find("h3").extract().get_text()
@@ -102,8 +105,6 @@ def _soup(html: str, prefix: str, level: int) -> BeautifulSoup:
         del tag["id"]
     for picture in soup.find_all("img"):
         _inline(soup, picture)
-    for link in soup.find_all("a", href=re.compile(r"^\d\d_\w+\.ipynb$")):
-        link["href"] = f"#{link['href'].removesuffix('.ipynb')}"
     for table in soup.find_all("table"):
         table.attrs = {}
         table.wrap(soup.new_tag("div", attrs={"class": "wide", "tabindex": "0", "role": "region", "aria-label": "table"}))
@@ -113,6 +114,16 @@ def _soup(html: str, prefix: str, level: int) -> BeautifulSoup:
     for block in soup.find_all("pre"):
         block["tabindex"] = "0"
     return soup
+
+
+def _link(soup: BeautifulSoup, anchors: list[str]) -> None:
+    """Links to notebooks lead to their appendices, or nowhere if they have none."""
+    for link in soup.find_all("a", href=re.compile(r"^(\.\./)?\w+\.\w+$")):
+        stem = link["href"].removesuffix(".ipynb")
+        if there := [anchor for anchor in anchors if anchor == stem or anchor.startswith(f"{stem}_")]:
+            link["href"] = f"#{there[0]}"
+        else:
+            link.unwrap()
 
 
 def _inline(soup: BeautifulSoup, picture: Tag) -> None:
@@ -149,9 +160,9 @@ def _inline(soup: BeautifulSoup, picture: Tag) -> None:
 
 def _read(path: Path) -> nbformat.NotebookNode:
     try:
-        return nbformat.read(path, as_version=4)
-    except (OSError, ValueError) as error:
-        raise PageError(f"cannot read {path} ({error}): make it with make figures") from None
+        return nbformat.reads(path.read_text(encoding="utf-8"), as_version=4)
+    except Exception as error:  # nbformat raises whatever it runs into
+        raise PageError(f"cannot read {path} ({type(error).__name__}: {error}): make it with make figures") from None
 
 
 def _asset(name: str) -> str:

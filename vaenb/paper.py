@@ -13,6 +13,7 @@ from typing import Any
 
 from IPython.display import Markdown, display
 
+from vaenb import claims
 from vaenb.quality import interval
 from vaenb.runs import ROOT
 
@@ -86,7 +87,7 @@ class Results:
         Raises:
             ResultError: there is no such file or number.
         """
-        return self._quoted(f"{figure}.json", self._read(f"{figure}.json")["numbers"], path)
+        return self._quoted(f"{figure}.json", self._read(figure)["numbers"], path)
 
     def claim(self, name: str, *path: str | int) -> Quoted:
         """A number that decided a claim, such as ``results.claim("E5.1", "ratio", "per_seed")``.
@@ -105,8 +106,11 @@ class Results:
 
     def claims(self) -> list[dict[str, Any]]:
         """All claims of all notebooks, each with the name of its ``file``."""
-        found = [(path.name, claim) for path in sorted(self.folder.glob("*.claims.json")) for claim in self._read(path.name)]
-        return [{"file": file, **claim} for file, claim in found]
+        try:
+            files = sorted(self.folder.glob("*.claims.json"))
+            return [{"file": path.name, **claim} for path in files for claim in claims.read(path)]
+        except claims.ClaimsError as error:
+            raise ResultError(str(error)) from None
 
     def figure(self, name: str, caption: str) -> None:
         """Show a figure under a caption that states what it finds; the data and sample sizes stand in the figure itself.
@@ -114,7 +118,7 @@ class Results:
         Raises:
             ResultError: no such figure.
         """
-        content = self._read(f"{name}.json")
+        content = self._read(name)
         path = f"../figures/{self.dataset}/{name}.png"  # as seen from notebooks/
         display(Markdown(f'![{escape(content["alt"])}]({path} "{name}")\n\n*{caption}*'))
 
@@ -124,12 +128,14 @@ class Results:
                 return claim["file"], claim
         raise ResultError(f"no notebook claims {name!r} in {self.folder}")
 
-    def _read(self, file: str) -> Any:
+    def _read(self, figure: str) -> dict[str, Any]:
+        path = self.folder / f"{figure}.json"
         try:
-            return json.loads((self.folder / file).read_text())
-        except (OSError, ValueError) as error:
-            command = f"make figures DATASET={self.dataset}"
-            raise ResultError(f"cannot read {self.folder / file} ({error}): make it with {command}") from None
+            content = json.loads(path.read_text(encoding="utf-8"))
+            return {"alt": str(content["alt"]), "numbers": content["numbers"]}
+        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise ResultError(f"cannot read {path} ({reason}): make figures DATASET={self.dataset} makes it") from None
 
     def _quoted(self, file: str, content: Any, path: Sequence[str | int]) -> Quoted:
         source = f"{file}: {' / '.join(map(str, path))}"

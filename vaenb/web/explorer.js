@@ -198,7 +198,8 @@ const Explorer = (() => {
       paint(digit, decode(model, state.z), 28, ink);
       const width = columns(model), row = Math.floor(state.chosen / width) + 1, column = (state.chosen % width) + 1;
       slider.value = state.z[state.chosen];
-      label.textContent = `row ${row}, column ${column}: ${state.z[state.chosen].toFixed(2)}`;
+      const where = model.shape.length === 3 ? `row ${row}, column ${column}` : `latent ${state.chosen + 1}, which has no place`;
+      label.textContent = `${where}: ${state.z[state.chosen].toFixed(2).replace("-", "−")}`;
       const cell = find("cell");
       cell.style.width = `${100 / width}%`;
       cell.style.height = `${(100 * width) / model.size}%`;
