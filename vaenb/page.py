@@ -51,6 +51,7 @@ def build(dataset: str = "mnist") -> str:
     if not executed:
         raise PageError(f"there are no executed notebooks in {folder}: make them with make figures DATASET={dataset}")
     appendices = [_appendix(path) for path in [*executed, DIAGNOSIS]]
+    _show_once([paper, *(body for _, _, body in appendices)])
     for body in [paper, *(body for _, _, body in appendices)]:
         _link(body, [anchor for anchor, _, _ in appendices])
     heading = paper.h1.get_text()
@@ -88,8 +89,8 @@ def _appendix(path: Path) -> tuple[str, str, BeautifulSoup]:
     """Anchor, heading and body of an executed notebook."""
     exporter = HTMLExporter(raw_template=CELLS, exclude_output_prompt=True)
     body, _ = exporter.from_notebook_node(_read(path))
-    soup = _soup(body, f"{path.stem}-", level=2)
-    heading = soup.find("h3").extract().get_text()
+    soup = _soup(body, f"{path.stem}-", level=1)
+    heading = soup.find("h2").extract().get_text()
     return path.stem, heading, soup
 
 
@@ -107,13 +108,26 @@ def _soup(html: str, prefix: str, level: int) -> BeautifulSoup:
         _inline(soup, picture)
     for table in soup.find_all("table"):
         table.attrs = {}
-        table.wrap(soup.new_tag("div", attrs={"class": "wide", "tabindex": "0", "role": "region", "aria-label": "table"}))
+        table.wrap(soup.new_tag("div", attrs={"class": "wide", "tabindex": "0", "role": "group", "aria-label": "table"}))
         for header in table.find_all("th"):
             if not header.get_text(strip=True):
                 header.name = "td"
     for block in soup.find_all("pre"):
         block["tabindex"] = "0"
     return soup
+
+
+def _show_once(bodies: list[BeautifulSoup]) -> None:
+    """A picture that stands above already becomes a link to it: the page is a third smaller."""
+    seen: dict[str, str] = {}
+    for body in bodies:
+        for picture in body.find_all("img"):
+            if place := seen.get(picture["src"]):
+                link = body.new_tag("a", href=f"#{place}")
+                link.string = f"Figure above: {picture['alt']}"
+                picture.replace_with(link)
+            elif (figure := picture.parent).name == "figure":
+                seen[picture["src"]] = figure["id"]
 
 
 def _link(soup: BeautifulSoup, anchors: list[str]) -> None:
