@@ -6,7 +6,7 @@
 DATASET ?= auto
 # A parameter file of one's own instead of notebooks/params/$(DATASET).yaml; figures go to figures/<its name>/.
 PARAMS ?=
-# Notebooks side by side when make was not told with -j; each takes one core and just under 1 GiB.
+# Notebooks side by side when make was not told with -j; each takes one core and 1 to 2 GiB.
 JOBS ?= 2
 export PYTHONDONTWRITEBYTECODE = 1
 

@@ -22,8 +22,9 @@ def test_where_the_prior_fits_nothing_is_gained():
 def test_wrong_marginals_are_told_from_dependence():
     found = diagnosed(lambda e: 2 * e + 1)
     exact = 6 * (0.5 * (4 + 1 - 1) - torch.log(torch.tensor(2.0)).item())  # KL(N(1, 4) ‖ N(0, 1)) for each latent
-    assert found.gains["marginals"] == pytest.approx(exact, abs=4 * found.errors["marginals"])
-    assert "A Gaussian for each latent repairs it" in found.verdict()
+    for name in ("marginals", "a Gaussian each"):
+        assert found.gains[name] == pytest.approx(exact, abs=4 * found.errors[name])
+    assert "independent latents, each with a density of its own, repairs it" in found.verdict()
 
     mixing = torch.eye(6) + 0.9 * torch.ones(6, 6)
     mixing /= mixing.square().sum(dim=1, keepdim=True).sqrt()  # variances of 1
@@ -32,6 +33,12 @@ def test_wrong_marginals_are_told_from_dependence():
     assert abs(found.gains["marginals"]) < 0.05
     assert found.gains["one Gaussian"] == pytest.approx(exact, abs=4 * found.errors["one Gaussian"])
     assert "cannot repair" in found.verdict()
+
+
+def test_independent_latents_that_are_not_gaussian_are_no_dependence():
+    found = diagnosed(lambda e: 0.3 * e + 0.95 * torch.sign(e.roll(1, dims=0)))
+    assert found.gains["marginals"] > found.gains["a Gaussian each"] + 1
+    assert "each with a density of its own, repairs it" in found.verdict()
 
 
 def test_dependence_that_no_covariance_shows_is_found():

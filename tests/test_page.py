@@ -118,6 +118,15 @@ def test_in_a_browser(chromium, file, size, scheme):
 
 
 @browser_wanted
+def test_a_link_to_an_appendix_unfolds_it(chromium, file):
+    tab, said = opened(chromium, file, DESKTOP)
+    tab.locator("main a[href='#04_cause']").first.click()
+    assert tab.locator("details#\\30 4_cause[open]").count() == 1
+    assert said == []
+    tab.close()
+
+
+@browser_wanted
 def test_the_explorer_decodes_what_one_drags(chromium, file):
     tab, said = opened(chromium, file, DESKTOP)
     digit = "document.querySelector('[data-role=digit]').toDataURL()"

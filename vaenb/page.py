@@ -47,7 +47,7 @@ def build(dataset: str = "mnist") -> str:
     """
     folder = ROOT / "figures" / dataset
     paper = _write_up(WRITE_UP)
-    executed = sorted(folder.glob("0[1-8]_*.ipynb"))
+    executed = sorted(folder.glob("0[1-8]_*.ipynb"), key=lambda path: [int(d) for d in re.findall(r"\d+", path.stem)])
     if not executed:
         raise PageError(f"there are no executed notebooks in {folder}: make them with make figures DATASET={dataset}")
     appendices = [_appendix(path) for path in [*executed, DIAGNOSIS]]
@@ -63,12 +63,12 @@ def build(dataset: str = "mnist") -> str:
         raise PageError(f"there is no {decoders}: make it with make 07_priors DATASET={dataset}")
     return _fill(
         "page.html.j2",
-        title=heading,
-        description=paper.p.get_text().strip().replace('"', "'")[:300],
+        title=escape(heading),
+        description=escape(paper.find("strong", string="Abstract.").parent.get_text()[:300]),
         css=_asset("page.css"),
-        contents=contents,
+        contents=[(anchor, escape(text)) for anchor, text in contents],
         paper=str(paper).replace(escape(EXPLORER), "").replace(EXPLORER, _asset("explorer.html")),
-        appendices=[(anchor, heading, str(body)) for anchor, heading, body in appendices],
+        appendices=[(anchor, escape(heading), str(body)) for anchor, heading, body in appendices],
         explorer=decoders.read_text().replace("</", "<\\/") if wanted else "",
         script=_asset("explorer.js"),
     )

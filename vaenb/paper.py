@@ -40,6 +40,11 @@ class Quoted:
     def __float__(self) -> float:
         return float(mean(self.values))
 
+    @property
+    def n(self) -> int:
+        """How many seeds."""
+        return len(self.values)
+
     def least(self) -> "Quoted":
         """That of the seed that has the smallest."""
         return Quoted((min(self.values),), f"least of {self.source}")
@@ -57,6 +62,8 @@ class Quoted:
 
     def __format__(self, spec: str) -> str:
         kind, spec = spec[-1:], spec.rstrip("±…")
+        if kind in "±…" and len(self.values) < 2:
+            raise ResultError(f"{self.source} is of one seed: it has no spread")
         if kind == "…":
             low, high = interval(list(self.values))
             text = f"{low:{spec}} to {high:{spec}}"
@@ -99,9 +106,12 @@ class Results:
         return self._quoted(f"{file}: {name}", claim["measured"], path)
 
     def verdict(self, name: str) -> str:
-        """``held`` or ``did not hold``, with the claim as its source."""
+        """``as predicted`` or ``against the prediction``, with the claim as its source."""
         file, claim = self._claim(name)
-        text, source = "held" if claim["holds"] else "did not hold", escape(f"{file}: {name}. " + claim["claim"])
+        text, source = (
+            "as predicted" if claim["holds"] else "against the prediction",
+            escape(f"{file}: {name}. " + claim["claim"]),
+        )
         return f'<span class="verdict" title="{source}">{text}</span>'
 
     def claims(self) -> list[dict[str, Any]]:
@@ -143,6 +153,7 @@ class Results:
             for key in path:
                 content = content[key]
             values = tuple(float(value) for value in (content if isinstance(content, list) else [content]))
+            float(mean(values))  # of at least one
         except (KeyError, IndexError, TypeError, ValueError):
             raise ResultError(f"{self.folder}: there is no number at {source}") from None
         return Quoted(values, source)
