@@ -207,9 +207,8 @@ def test_shipped_parameters_fit_every_notebook(path, notebook):
 
 
 @pytest.mark.parametrize(
-    ("notebook", "overrides"),  # the quick ones: nbval runs all of them, `make figures DATASET=digits` all through papermill
-    [(name, {}) for name in NOTEBOOKS if "01" <= name < "05"]
-    + [("02_latent_maps", {"latent_size": size}) for size in (14, 28)],
+    ("notebook", "overrides"),  # quick ones: nbval runs all of them, `make figures DATASET=digits` all through papermill
+    [("02_latent_maps", {"latent_size": 14}), ("02_latent_maps", {"latent_size": 28}), ("02_map_sizes", {})],
 )
 def test_notebooks_run_with_tiny_parameters(notebook, overrides, tmp_path, tmp_path_factory, monkeypatch):
     monkeypatch.setattr(execute, "ROOT", tmp_path)  # figures go there
@@ -218,10 +217,6 @@ def test_notebooks_run_with_tiny_parameters(notebook, overrides, tmp_path, tmp_p
     monkeypatch.setenv("VAENB_BUILD", str(store))  # one for all notebooks, as with make: what one has trained another finds
     (tmp_path / "constraints.txt").touch()
     tiny = {"dataset": "digits", "epochs": 1, "seeds": 2}
-    tiny |= {
-        "03_bug_hunt": {"scaling_epochs": 1},
-        "04_cause": {"map_epochs": 1},
-    }.get(notebook, {})
     (tmp_path / "tiny.yaml").write_text(json.dumps(tiny))
     execute.execute(notebook, tmp_path / "tiny.yaml", overrides)
     made = {path.suffix for path in (tmp_path / "figures" / "tiny").iterdir()}

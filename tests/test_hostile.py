@@ -1,6 +1,6 @@
 """Readers against whatever bytes they are given: a value, or the error that they promise; nothing is ever executed.
 
-VAENB_FUZZ is the number of inputs for each reader (default 60); ``make fuzz`` tries 15,000 each.
+VAENB_FUZZ is the number of inputs for each reader (default 30); ``make fuzz`` tries 15,000 each.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from vaenb.config import Config
 from vaenb.train import fit
 
 FUZZ = settings(
-    max_examples=int(os.environ.get("VAENB_FUZZ", "60")),
+    max_examples=int(os.environ.get("VAENB_FUZZ", "30")),
     deadline=None,
     derandomize="VAENB_FUZZ" not in os.environ,
     database=None,
