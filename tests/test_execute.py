@@ -208,7 +208,7 @@ def test_shipped_parameters_fit_every_notebook(path, notebook):
 
 @pytest.mark.parametrize(
     ("notebook", "overrides"),  # quick ones: nbval runs all of them, `make figures DATASET=digits` all through papermill
-    [("02_latent_maps", {"latent_size": 14}), ("02_latent_maps", {"latent_size": 28}), ("02_map_sizes", {})],
+    [("02_latent_maps", {"latent_size": 14}), ("02_map_sizes", {})],
 )
 def test_notebooks_run_with_tiny_parameters(notebook, overrides, tmp_path, tmp_path_factory, monkeypatch):
     monkeypatch.setattr(execute, "ROOT", tmp_path)  # figures go there
