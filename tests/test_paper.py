@@ -115,3 +115,13 @@ def test_the_write_up_shows_and_cites_what_is_there():
     listed = set(re.findall(r"^\[(\d+)\]", references, flags=re.M))
     cited = {number for group in re.findall(r"\[([\d, ]+)\]", body) for number in group.split(", ")}
     assert listed == cited
+
+
+def test_nbval_compares_what_the_write_up_says():
+    compared = [
+        cell
+        for cell in WRITE_UP.cells
+        if cell.cell_type == "code" and cell.outputs and "nbval-ignore-output" not in cell.metadata.get("tags", [])
+    ]
+    assert len([cell for cell in compared if any("text/markdown" in out.get("data", {}) for out in cell.outputs)]) >= 12
+    assert len([cell for cell in compared if any(out.get("name") == "stdout" for out in cell.outputs)]) >= 3
