@@ -44,14 +44,18 @@ def halos(model: VAE) -> tuple[int, int]:
 
 def tiled(function: Callable[[Tensor], Tensor], x: Tensor, halo: int, tile: int = TILE) -> Tensor:
     """``function(x)`` for one that keeps height and width and sees no farther than ``halo``, tile by tile; (N, C, H, W)."""
-    bands = []
+    if max(x.shape[-2:]) <= tile:
+        return function(x)
+    out = None  # written piece by piece: as large as the canvas, and only once
     for rows, above, below in _pieces(x.shape[-2], tile, halo):
-        band = []
         for columns, left, right in _pieces(x.shape[-1], tile, halo):
             y = function(x[..., above:below, left:right])
-            band.append(y[..., rows.start - above : rows.stop - above, columns.start - left : columns.stop - left])
-        bands.append(torch.cat(band, dim=-1))
-    return torch.cat(bands, dim=-2)
+            if out is None:
+                out = y.new_empty(*y.shape[:2], *x.shape[-2:])
+            out[..., rows.start : rows.stop, columns.start : columns.stop] = y[
+                ..., rows.start - above : rows.stop - above, columns.start - left : columns.stop - left
+            ]
+    return out
 
 
 @torch.no_grad()

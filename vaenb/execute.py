@@ -10,6 +10,7 @@ import argparse
 import hashlib
 import json
 import os
+import resource
 import shutil
 import sys
 import time
@@ -142,7 +143,8 @@ def execute(notebook: str, path: Path, overrides: Mapping[str, Any]) -> bool:
             (ROOT / file).unlink(missing_ok=True)
         staging.rmdir()
         seconds = round(time.monotonic() - started, 1)
-        write_atomically(stamp, json.dumps({"key": key, "seconds": seconds, "outputs": outputs}, indent=1) + "\n")
+        made = {"key": key, "seconds": seconds, "memory": _peak_memory(), "outputs": outputs}
+        write_atomically(stamp, json.dumps(made, indent=1) + "\n")
         print(f"{name}: done in {seconds:.0f} s", file=sys.stderr, flush=True)
     return True
 
@@ -159,10 +161,16 @@ def refresh(notebook: str) -> None:
 
 
 def times(path: Path) -> str:
-    """How long each notebook of a parameter file took when it last ran."""
+    """How long each notebook of a parameter file took when it last ran, and its peak memory."""
     stamps = sorted((build_folder() / "stamps" / path.stem).glob("*.json"))
-    rows = [(stamp.stem, _read_stamp(stamp).get("seconds", 0.0)) for stamp in stamps]
-    return "\n".join(f"{seconds:8.1f} s  {name}" for name, seconds in rows)
+    rows = [(stamp.stem, _read_stamp(stamp)) for stamp in stamps]
+    return "\n".join(f"{row.get('seconds', 0.0):8.1f} s {row.get('memory', 0.0):6.2f} GiB  {name}" for name, row in rows)
+
+
+def _peak_memory() -> float:
+    """Of the largest process that this one has started, the kernel, in GiB."""
+    largest = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    return round(largest * (1 if sys.platform == "darwin" else 1024) / 2**30, 2)
 
 
 def _papermill(source: Path, copy: Path, parameters: dict[str, Any], staging: Path) -> None:

@@ -4,8 +4,8 @@ Everything happens in clones of HEAD, in folders with a space, an apostrophe and
 epochs. Each trial prints what was tried and what came of it; the first that fails ends the script with status 1.
 
     kill      ``make -j2 figures`` killed with SIGKILL, the whole group, at random moments; then once more to the end
-    disk      no space left at random moments: a limit on the size of files that grows from nothing
-    readonly  sources and notebooks that cannot be written to
+    disk      no space left: a small file system of its own that grows from nothing (needs root; else a limit on files)
+    readonly  sources and notebooks that cannot be written to (as another user, if this one is root)
     clock     files dated in the future and in the past: nothing is made again
     moved     the run store copied to another checkout: found; made by other code: not used
     two       two users building in one checkout at once
@@ -40,6 +40,9 @@ seeds: 2
 08_any_size: {epochs: 1, sides: [64, 128]}
 """
 FIGURES = 30  # at least so many files are made
+SPACE = (0, 16, 64, 256, 1024, 4096)  # KiB that are free, one after the other
+NOBODY = 65534
+SCRATCH = "faults-"
 
 
 def clone(folder: Path, name: str) -> Path:
@@ -50,21 +53,37 @@ def clone(folder: Path, name: str) -> Path:
     return target
 
 
-def start(checkout: Path, *arguments: str, limit: int | None = None) -> subprocess.Popen:
-    """``make -j2 figures`` as the leader of a process group of its own; ``limit``: of the size of files, in KiB."""
-    command = ["make", "-j2", "figures", "PARAMS=quick.yaml", f"INTERPRETER={sys.executable}", *arguments]
+def start(checkout: Path, limit: int | None = None, user: int | None = None) -> subprocess.Popen:
+    """``make -j2 figures`` as the leader of a process group of its own.
+
+    Args:
+        checkout: where.
+        limit: of the size of files, in KiB.
+        user: who runs it, if not this user.
+    """
+    command = ["make", "-j2", "figures", "PARAMS=quick.yaml", f"INTERPRETER={sys.executable}"]
     if limit is not None:
         command = ["bash", "-c", f'ulimit -f {limit}; trap "" XFSZ; exec "$@"', "limited", *command]
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("VAENB_", "MAKE"))} | {"VAENB_PROGRESS": "plain"}
-    log = (checkout / "log.txt").open("a")
-    return subprocess.Popen(command, cwd=checkout, env=environment, stdout=log, stderr=log, start_new_session=True)
+    if user is not None:
+        environment |= {"HOME": str(checkout / "build")}
+    with log_of(checkout).open("a") as log:
+        return subprocess.Popen(
+            command, cwd=checkout, env=environment, stdout=log, stderr=log, start_new_session=True, user=user, group=user
+        )
 
 
-def to_the_end(checkout: Path) -> float:
+def log_of(checkout: Path) -> Path:
+    """Not in the checkout, whose disk may be full."""
+    scratch = next(folder for folder in checkout.parents if folder.name.startswith(SCRATCH))
+    return scratch / f"{checkout.name}.log"
+
+
+def to_the_end(checkout: Path, user: int | None = None) -> float:
     """Seconds of an undisturbed run, which must succeed."""
     began = time.monotonic()
-    if start(checkout).wait():
-        sys.exit("FAILED: " + (checkout / "log.txt").read_text()[-3000:])
+    if start(checkout, user=user).wait():
+        sys.exit("FAILED: " + log_of(checkout).read_text()[-3000:])
     return time.monotonic() - began
 
 
@@ -103,10 +122,50 @@ def kill(checkout: Path, kills: int, whole: float, draw: random.Random) -> None:
             sys.exit(f"FAILED: it ended before kill {index + 1}, with status {running.returncode}")
         os.killpg(running.pid, signal.SIGKILL)
         running.wait()
-        subprocess.run(["pkill", "-KILL", "-f", str(checkout)], check=False)  # kernels lead groups of their own
+        for process in processes_in(checkout):  # kernels lead groups of their own
+            os.kill(process, signal.SIGKILL)
         time.sleep(0.5)
         print(f"  kill {index + 1} of {kills}", flush=True)
     to_the_end(checkout)
+
+
+def processes_in(checkout: Path) -> list[int]:
+    """Processes that work in a checkout (Linux)."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if Path(os.readlink(entry / "cwd")).is_relative_to(checkout):
+                found.append(int(entry.name))
+        except OSError:  # gone, or somebody else's
+            continue
+    return found
+
+
+def fill(folder: Path) -> Path:
+    """Run in less space than it takes, with ever more of it; then to the end. Returns the checkout."""
+    small = folder / "small file system"
+    small.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1G", "tmpfs", small], check=False).returncode:
+        print("  a file system of its own needs root: a limit on the size of files instead", flush=True)
+        checkout = clone(folder, "full")
+        statuses = [start(checkout, limit=max(kib, 1)).wait() for kib in SPACE]
+    else:
+        checkout, statuses = clone(small, "full"), []
+        (checkout / "build").mkdir()
+        for kib in SPACE:
+            disk = shutil.disk_usage(small)
+            size = disk.used // 1024 + kib
+            subprocess.run(["mount", "-o", f"remount,size={size}k", small], check=True)
+            statuses.append(start(checkout).wait())
+    print(f"  {', '.join(map(str, SPACE))} KiB free: statuses {statuses}", flush=True)
+    assert statuses[0], "a write that failed was not noticed"
+    if checkout.is_relative_to(small):
+        subprocess.run(["mount", "-o", "remount,size=1G", small], check=True)
+    said = [line for line in log_of(checkout).read_text().splitlines() if "space" in line.lower()]
+    assert said, "nothing was said of the disk"
+    print(f"  it said: {said[0].strip()[:200]}", flush=True)
+    to_the_end(checkout)
+    return checkout
 
 
 def main() -> None:
@@ -117,7 +176,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     draw = random.Random(options.seed)
-    with tempfile.TemporaryDirectory(prefix="faults-", ignore_cleanup_errors=True) as scratch:
+    with tempfile.TemporaryDirectory(prefix=SCRATCH, ignore_cleanup_errors=True) as scratch:
         folder = Path(scratch)
         calm = clone(folder, "calm")
         whole = to_the_end(calm)
@@ -129,17 +188,19 @@ def main() -> None:
             kill(checkout, options.kills, whole, draw)
             compare(f"{options.kills} times kill -9", checkout, expected)
         if "disk" in options.trials:
-            checkout = clone(folder, "full")
-            for limit in (1, 16, 64, 256, 1024):
-                status = start(checkout, limit=limit).wait()
-                print(f"  files of at most {limit} KiB: status {status}", flush=True)
-                assert status or limit > 1, "a write that failed was not noticed"
-            to_the_end(checkout)
-            compare("no space for files larger than a limit that grows", checkout, expected)
+            try:
+                compare("no space, then little, then enough", fill(folder), expected)
+            finally:
+                subprocess.run(["umount", folder / "small file system"], check=False, stderr=subprocess.DEVNULL)
         if "readonly" in options.trials:
             checkout = clone(folder, "read-only")
+            user = None
+            if os.geteuid() == 0:  # whom no permission stops
+                user = NOBODY
+                folder.chmod(0o755)
+                subprocess.run(["chown", "-R", f"{user}:{user}", checkout], check=True)
             subprocess.run(["chmod", "-R", "a-w", checkout / "vaenb", checkout / "notebooks"], check=True)
-            to_the_end(checkout)
+            to_the_end(checkout, user)
             compare("source that cannot be written to", checkout, expected)
             subprocess.run(["chmod", "-R", "u+w", checkout], check=True)
         if "clock" in options.trials:
@@ -167,7 +228,7 @@ def main() -> None:
         if "two" in options.trials:
             checkout = clone(folder, "shared")
             users = [start(checkout), start(checkout)]
-            assert [user.wait() for user in users] == [0, 0], (checkout / "log.txt").read_text()[-3000:]
+            assert [user.wait() for user in users] == [0, 0], log_of(checkout).read_text()[-3000:]
             compare("two users in one checkout", checkout, expected)
 
 
