@@ -174,3 +174,30 @@ def test_colour_pictures_are_shown_as_they_are():
     np.testing.assert_array_equal(one, picture)
     assert many.shape == (2 * 6 + 2, 3 * 9 + 2 * 2, 3)  # two pixels between tiles
     np.testing.assert_array_equal(many[-6:, -9:], picture)
+
+
+# Simulations of complete colour blindness on linear RGB: Machado, Oliveira & Fernandes 2009, severity 1
+COLOUR_BLIND = {
+    "none": np.eye(3),
+    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+    "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
+}
+
+
+def _lab(rgb):
+    """CIE L*a*b* (D65) of linear RGB, (N, 3)."""
+    xyz = rgb @ np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]).T
+    x, y, z = np.cbrt(np.maximum(xyz / [0.9505, 1.0, 1.089], 1e-4)).T
+    return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], axis=1)
+
+
+@pytest.mark.parametrize("eyes", COLOUR_BLIND)
+def test_colours_of_models_and_curves_can_be_told_apart_by_everybody(eyes):
+    """A difference of 2.3 is just noticeable side by side; lines and points a few pixels wide want several times that."""
+    colours = np.array([*figures.PALETTE[:5], (0, 0, 0)])
+    linear = np.where(colours <= 0.04045, colours / 12.92, ((colours + 0.055) / 1.055) ** 2.4)
+    seen = _lab(np.clip(linear @ np.array(COLOUR_BLIND[eyes]).T, 0, 1))
+    distance = np.linalg.norm(seen[:, None] - seen, axis=-1)[np.triu_indices(len(seen), 1)]
+    assert distance.min() > 10
+    assert abs(_lab(np.ones((1, 3)))[0, 0] - 100) < 0.1  # white

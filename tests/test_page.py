@@ -72,6 +72,15 @@ def test_missing_results_are_named(monkeypatch, tmp_path):
     assert not (tmp_path / "page.html").exists()
 
 
+# Random numbers that repeat (Steele, Lea & Flood 2014 in 32 bits, "mulberry32" of T. Ettinger)
+SEEDED = """let state = 1; Math.random = () => {
+  state = (state + 0x6D2B79F5) | 0;
+  let t = Math.imul(state ^ (state >>> 15), 1 | state);
+  t = (t + Math.imul(t ^ (t >>> 7), 61 | t)) ^ t;
+  return ((t ^ (t >>> 14)) >>> 0) / 4294967296;
+};"""
+
+
 @pytest.fixture(scope="module")
 def chromium():
     from playwright.sync_api import sync_playwright
@@ -96,6 +105,7 @@ def opened(browser, file, size, **options):
     tab.on("console", lambda message: said.append(message.text) if message.type in ("error", "warning") else None)
     tab.on("pageerror", lambda error: said.append(str(error)))
     tab.on("requestfailed", lambda request: said.append(request.url))
+    tab.add_init_script(SEEDED)
     tab.goto(file.as_uri())
     return tab, said
 
@@ -104,6 +114,7 @@ def opened(browser, file, size, **options):
 @pytest.mark.parametrize("size", [PHONE, DESKTOP], ids=["phone", "desktop"])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_in_a_browser(chromium, file, size, scheme):
+    """What it looks like is kept in build/screenshots."""
     from axe_playwright_python.sync_playwright import Axe
 
     tab, said = opened(chromium, file, size, color_scheme=scheme)
@@ -111,6 +122,7 @@ def test_in_a_browser(chromium, file, size, scheme):
     tab.evaluate("Promise.all([...document.images].map((image) => { image.loading = 'eager'; return image.decode() }))")
     assert tab.evaluate("[...document.images].every((image) => image.naturalWidth > 0)")
     assert tab.evaluate("document.documentElement.scrollWidth") <= size["width"]
+    tab.screenshot(path=ROOT / "build" / "screenshots" / f"page-{scheme}-{size['width']}.png")
     found = Axe().run(tab).response["violations"]
     assert not "\n".join(f"{v['id']}: {[node['html'][:200] for node in v['nodes'][:3]]}" for v in found)
     assert said == []

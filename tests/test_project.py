@@ -69,7 +69,7 @@ def test_nbval_has_something_to_compare(experiment):
 def test_notebooks_carry_no_trace_of_one_machine(notebook):
     assert set(notebook.metadata) == {"kernelspec", "language_info"}
     assert notebook.metadata.kernelspec.name == "python3"
-    assert all(set(cell.metadata) <= {"tags"} for cell in notebook.cells)
+    assert all(set(cell.metadata) <= {"tags", "jupyter"} for cell in notebook.cells)
 
 
 def test_notebooks_read_well(notebook):

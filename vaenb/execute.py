@@ -206,7 +206,7 @@ def _papermill(source: Path, copy: Path, parameters: dict[str, Any], staging: Pa
     book = nbformat.read(copy, as_version=4)
     book.metadata = {"kernelspec": book.metadata.kernelspec, "language_info": {"name": "python"}}
     for cell in book.cells:
-        cell.metadata = {"tags": cell.metadata["tags"]} if cell.metadata.get("tags") else {}
+        cell.metadata = {name: cell.metadata[name] for name in ("tags", "jupyter") if cell.metadata.get(name)}
         if "injected-parameters" in cell.metadata.get("tags", []):
             cell.id = "injected-parameters"  # papermill's is random
         if cell.cell_type == "code":  # progress is for whoever watches, not for readers
