@@ -136,6 +136,17 @@ def test_bundles(tmp_path, trained, content):
         assert isinstance(loaded.model, torch.nn.Module)
 
 
+@pytest.mark.parametrize("shape", [[None, False], [1, 28], [1, 28, -28], [1, 28, 28.0], "128", None, {"0": 1}])
+def test_a_bundle_for_images_of_no_shape(tmp_path, trained, shape):
+    good = trained[0] / "bundle"
+    for path in good.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    about = json.loads((good / "bundle.json").read_text()) | {"image_shape": shape}
+    (tmp_path / "bundle.json").write_text(json.dumps(about))
+    with pytest.raises(bundle.BundleError, match="image_shape is"):
+        bundle.load(tmp_path)
+
+
 @FUZZ
 @given(content=st.data())
 def test_entries_of_the_run_store(tmp_path, trained, content):
@@ -271,7 +282,7 @@ def test_stamps(tmp_path, content):
 @FUZZ
 @given(name=st.text(max_size=30) | st.sampled_from(["../mnist", "folder:", "folder-0:x", "mnist/../../x", "eurosat\0"]))
 def test_names_of_data_sets(name):
-    if name in {*data.TITLES, *data.TEXTURES, *data.PHOTOGRAPHS}:
+    if name in {"auto", *data.TITLES, *data.TEXTURES, *data.PHOTOGRAPHS}:
         return
     with pytest.raises(data.DataError):
         data.load(name)

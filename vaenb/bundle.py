@@ -79,7 +79,10 @@ def load(folder: Path) -> Bundle:
     try:
         about = json.loads(path.read_text())
         config = Config(**about["config"])
-        model = config.build(tuple(about["image_shape"]))
+        shape = about["image_shape"]
+        if not (isinstance(shape, list) and len(shape) == 3 and all(type(side) is int and side > 0 for side in shape)):
+            raise BundleError(f"{path}: image_shape is {shape!r}, expected three whole numbers: channels, height, width")
+        model = config.build(tuple(shape))
         prior = ladder.build(about["rung"], model, about["count"])
         for name, module in (("model", model), ("prior", prior)):
             path = _weights(folder, name, about["sha256"][name])
@@ -89,7 +92,7 @@ def load(folder: Path) -> Bundle:
             module.load_state_dict(safetensors.torch.load(content))
     except BundleError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OSError, SafetensorError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, OSError, SafetensorError) as error:
         raise BundleError(f"{folder} does not fit this version of vaenb, or is incomplete: {error}") from error
     return Bundle(model.eval().requires_grad_(False), prior.requires_grad_(False), about)
 
