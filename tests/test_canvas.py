@@ -1,3 +1,7 @@
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -58,10 +62,10 @@ def test_flow_matching_on_a_large_grid_equals_all_at_once(monkeypatch):
     whole = prior.sample(2, (23, 30), seed=1)
     from vaenb import flows
 
-    tiled = flows.tiled  # of all layers, and of each one again
+    tiled = flows.tiled
     monkeypatch.setattr(flows, "tiled", lambda function, x, halo, _: tiled(function, x, halo, 7))
     torch.testing.assert_close(prior.sample(2, (23, 30), seed=1), whole, atol=1e-5, rtol=0)
-    monkeypatch.setattr(flows, "tiled", lambda function, x, halo, _: tiled(function, x, max(halo - 1, 0), 7))
+    monkeypatch.setattr(flows, "tiled", lambda function, x, halo, _: tiled(function, x, halo - 1, 7))
     assert not torch.allclose(prior.sample(2, (23, 30), seed=1), whole, atol=1e-5)
 
 
@@ -82,3 +86,21 @@ def test_models_that_cannot_be_cut_into_tiles(model, error):
 def test_an_image_smaller_than_the_stride():
     with pytest.raises(ImageSizeError, match="smaller than the stride"):
         next(canvas.reconstruct(model_of(), torch.zeros(3, 3, 50, dtype=torch.uint8)))
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are left as they are")
+@pytest.mark.parametrize("kept", [False, True])
+def test_memory_of_large_tiles_is_used_again(kept):
+    """Page faults of the second of two tensors of 64 MB: none if its memory is that of the first."""
+    code = f"""if True:
+        import resource, torch
+        from vaenb import canvas
+        {"canvas.keep_memory()" if kept else ""}
+        before = 0
+        for _ in range(3):
+            torch.ones(2**24)
+            faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            last, before = faults - before, faults
+        print(last)"""
+    said = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True).stdout
+    assert (int(said) < 100) == kept

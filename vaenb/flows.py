@@ -13,12 +13,11 @@ import torch.nn.functional as F
 import zuko
 from torch import Tensor, nn
 
-from vaenb.canvas import tiled
+from vaenb.canvas import keep_memory, tiled
 from vaenb.gaussians import Mixture
 from vaenb.priors import Convolutional, Learned, StandardNormal
 
-TILE = 128  # patches along each side of what a layer computes at once: what it allocates is then used again
-LARGE = 512  # the same of what all layers compute, one after the other: so large that halos cost little
+TILE = 256  # patches along each side of what the velocity is computed of at once: so large that halos cost little
 
 
 class Flow(Learned):
@@ -42,7 +41,6 @@ class Block(nn.Module):
 
     def __init__(self, hidden: int, dilation: int = 1):
         super().__init__()
-        self.halo = dilation
         self.see = nn.Conv2d(hidden, hidden, 3, padding=dilation, dilation=dilation)
         self.mix, self.time = nn.Conv2d(hidden, hidden, 1), nn.Linear(hidden, 2 * hidden)
         for layer in (self.mix, self.time):
@@ -52,7 +50,7 @@ class Block(nn.Module):
     def forward(self, h: Tensor, time: Tensor) -> Tensor:
         """(N, hidden, h, w) and (N, hidden) -> (N, hidden, h, w)."""
         scale, shift = self.time(time)[..., None, None].chunk(2, dim=1)
-        return h + self.mix(F.gelu(torch.addcmul(shift, self.see(F.gelu(h)), 1 + scale)))
+        return h + self.mix(F.gelu(self.see(F.gelu(h)) * (1 + scale) + shift))
 
 
 class FlowMatching(Convolutional):
@@ -98,11 +96,10 @@ class FlowMatching(Convolutional):
         """dz/dt at (N, C, h, w) in patches and times (N,)."""
         angles = t[:, None] * self.frequencies
         time = self.time(torch.cat([angles.sin(), angles.cos()], dim=1))
-        h = tiled(self.first, z, 1, TILE)
-        h += self.where(z.shape[-2:])
+        h = self.first(z) + self.where(z.shape[-2:])
         for block in self.blocks:
-            h = tiled(lambda part, block=block: block(part, time), h, block.halo, TILE)
-        return tiled(lambda part: self.last(F.gelu(part)), h, 0, TILE)
+            h = block(h, time)
+        return self.last(F.gelu(h))
 
     def _fit(self, z: Tensor) -> None:
         self.start._fit(z)
@@ -119,6 +116,8 @@ class FlowMatching(Convolutional):
 
     def _sample(self, n: int, shape: Sequence[int], generator: torch.Generator) -> Tensor:
         z = self.to_patches(self.start._sample(n, shape, generator))
+        if max(z.shape[-2:]) > TILE // 2:
+            keep_memory()
         for step in range(self.steps):
             start, middle = (z.new_full((n,), (step + part) / self.steps) for part in (0, 0.5))
             halfway = z + self._tiled_velocity(z, start) / (2 * self.steps)
@@ -129,7 +128,7 @@ class FlowMatching(Convolutional):
         """The same as ``velocity``, on large grids in the memory of a tile."""
         if self.position is not None:  # it has to know where in the whole it is
             return self.velocity(z, t)
-        return tiled(lambda part: self.velocity(part, t), z, self.halo, LARGE)
+        return tiled(lambda part: self.velocity(part, t), z, self.halo, TILE)
 
     def _log_prob(self, z: Tensor) -> Tensor:
         """Unbiased up to the steps: the divergence along the way back to noise is estimated with a random direction.
