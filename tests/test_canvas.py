@@ -91,13 +91,13 @@ def test_an_image_smaller_than_the_stride():
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are left as they are")
 @pytest.mark.parametrize("kept", [False, True])
 def test_memory_of_large_tiles_is_used_again(kept):
-    """Page faults of the second of two tensors of 64 MB: none if its memory is that of the first."""
+    """Page faults of the last of a few tensors of 64 MB, one after the other: none if its memory is that of one before."""
     code = f"""if True:
         import resource, torch
         from vaenb import canvas
         {"canvas.keep_memory()" if kept else ""}
         before = 0
-        for _ in range(3):
+        for _ in range(8):
             torch.ones(2**24)
             faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
             last, before = faults - before, faults
