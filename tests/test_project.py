@@ -150,5 +150,17 @@ def test_numbers_of_priors_in_the_readme_are_those_of_the_committed_figures():
         assert re.sub(" +", " ", f"| {name} | {' | '.join(cells)} |") in readme
 
 
+def test_speeds_in_the_readme_are_those_of_the_benchmark():
+    readme = (ROOT / "README.md").read_text()
+    numbers = json.loads((ROOT / "figures" / "mnist" / "bench_speed.json").read_text())["numbers"]
+    for arm, found in numbers["throughput"].items():
+        speeds = [f"{found[way + ', images a second']:,.0f}" for way in ("ours", "DataLoader", "pythae")]
+        share = f"{100 * found['share of the bound']:.0f} %"
+        assert f"| {' | '.join([arm, *speeds, share])} |" in readme
+    dense, spatial = numbers["time_to_bound"].values()
+    assert f"at {dense['reached']:.0f} nats (−ELBO)\nafter {dense['seconds']:.0f} seconds" in readme
+    assert f"plateau after {spatial['seconds']:.0f}." in readme
+
+
 def _mean_and_deviation(values):
     return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")

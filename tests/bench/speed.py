@@ -173,7 +173,7 @@ def show(numbers: dict[str, Any]) -> None:
     options = {
         "training": {"xlim": (0, None), "ylim": (0, 450)},
         "decoding": {"xscale": "log", "ylim": (0, None)},
-        "sampling": {"xscale": "log", "yscale": "log", "ylim": (1e-4, 1e3)},
+        "sampling": {"xscale": "log", "yscale": "log", "ylim": (1e-4, 1e5)},
     }
     figures.save(
         figures.curves(
