@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 
@@ -221,3 +222,12 @@ def test_notebooks_run_with_tiny_parameters(notebook, overrides, tmp_path, tmp_p
     execute.execute(notebook, tmp_path / "tiny.yaml", overrides)
     made = {path.suffix for path in (tmp_path / "figures" / "tiny").iterdir()}
     assert made == {".png", ".json", ".ipynb"}
+
+
+def test_a_full_disk_is_named_with_what_to_do(project, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(execute, "execute", full)
+    with pytest.raises(SystemExit, match=r"No space left.*build.*run the same command again"):
+        execute.main(["00_demo", "--params", str(project / "notebooks" / "params" / "digits.yaml")])

@@ -7,6 +7,7 @@ git and clocks set the times of files as they like.
 """
 
 import argparse
+import errno
 import hashlib
 import json
 import os
@@ -21,7 +22,7 @@ from typing import Any
 import yaml
 
 from vaenb import claims
-from vaenb.runs import ROOT, build_folder, exclusive, sha256, write_atomically
+from vaenb.runs import ROOT, DiskFull, build_folder, exclusive, sha256, write_atomically
 
 SOURCE = Path(__file__).resolve().parents[1]  # the kernels must use this checkout, wherever the environment came from
 NOTEBOOKS = ROOT / "notebooks"
@@ -291,7 +292,9 @@ def main(arguments: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         sys.exit("interrupted: finished runs and checkpoints are kept, the same command goes on from there")
     except (ExecutionError, OSError) as error:
-        sys.exit(f"error: {error}")
+        full = isinstance(error, OSError) and error.errno == errno.ENOSPC and not isinstance(error, DiskFull)
+        more = f" for {build_folder()} or temporary files: free some and run the same command again" if full else ""
+        sys.exit(f"error: {error}{more}")
 
 
 if __name__ == "__main__":
