@@ -188,7 +188,8 @@ COLOUR_BLIND = {
 def _lab(rgb):
     """CIE L*a*b* (D65) of linear RGB, (N, 3)."""
     xyz = rgb @ np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]).T
-    x, y, z = np.cbrt(np.maximum(xyz / [0.9505, 1.0, 1.089], 1e-4)).T
+    relative = xyz / [0.9505, 1.0, 1.089]
+    x, y, z = np.where(relative > 0.008856, np.cbrt(relative), 7.787 * relative + 16 / 116).T
     return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], axis=1)
 
 
@@ -200,4 +201,4 @@ def test_colours_of_models_and_curves_can_be_told_apart_by_everybody(eyes):
     seen = _lab(np.clip(linear @ np.array(COLOUR_BLIND[eyes]).T, 0, 1))
     distance = np.linalg.norm(seen[:, None] - seen, axis=-1)[np.triu_indices(len(seen), 1)]
     assert distance.min() > 15
-    assert abs(_lab(np.ones((1, 3)))[0, 0] - 100) < 0.1  # white
+    assert np.allclose(_lab(np.array([[0.0] * 3, [1.0] * 3])), [[0, 0, 0], [100, 0, 0]], atol=0.1)

@@ -165,7 +165,7 @@ def times(path: Path) -> str:
     """How long each notebook of a parameter file took when it last ran, and its peak memory."""
     stamps = sorted((build_folder() / "stamps" / path.stem).glob("*.json"))
     rows = [(stamp.stem, _read_stamp(stamp)) for stamp in stamps]
-    return "\n".join(f"{row.get('seconds', 0.0):8.1f} s {row.get('memory', 0.0):6.2f} GiB  {name}" for name, row in rows)
+    return "\n".join(f"{row.get('seconds', '?'):>8} s {row.get('memory', '?'):>6} GiB  {name}" for name, row in rows)
 
 
 def _peak_memory() -> float:
@@ -207,7 +207,8 @@ def _papermill(source: Path, copy: Path, parameters: dict[str, Any], staging: Pa
     book = nbformat.read(copy, as_version=4)
     book.metadata = {"kernelspec": book.metadata.kernelspec, "language_info": {"name": "python"}}
     for cell in book.cells:
-        cell.metadata = {name: cell.metadata[name] for name in ("tags", "jupyter") if cell.metadata.get(name)}
+        hidden = {"source_hidden": True} if cell.metadata.get("jupyter", {}).get("source_hidden") else {}
+        cell.metadata = {name: kept for name, kept in (("tags", cell.metadata.get("tags")), ("jupyter", hidden)) if kept}
         if "injected-parameters" in cell.metadata.get("tags", []):
             cell.id = "injected-parameters"  # papermill's is random
         if cell.cell_type == "code":  # progress is for whoever watches, not for readers

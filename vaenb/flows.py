@@ -116,7 +116,7 @@ class FlowMatching(Convolutional):
 
     def _sample(self, n: int, shape: Sequence[int], generator: torch.Generator) -> Tensor:
         z = self.to_patches(self.start._sample(n, shape, generator))
-        if max(z.shape[-2:]) > TILE // 2:
+        if max(z.shape[-2:]) > TILE // 2:  # whose blocks are as large as the C library gives back
             keep_memory()
         for step in range(self.steps):
             start, middle = (z.new_full((n,), (step + part) / self.steps) for part in (0, 0.5))
