@@ -130,7 +130,7 @@ def two_busy(images: data.ImageSet) -> dict[str, float]:
 
 
 def notebooks() -> dict[str, dict[str, float]]:
-    """Seconds and peak memory in GiB of each notebook, when it last ran on MNIST."""
+    """Seconds and peak memory in GiB of each notebook when it last ran on MNIST, with what the run store then had."""
     stamps = sorted(Path(train.runs.build_folder(), "stamps", "mnist").glob("*.json"))
     return {stamp.stem: {k: v for k, v in json.loads(stamp.read_text()).items() if k in ("seconds", "memory")}
             for stamp in stamps}  # fmt: skip
@@ -186,7 +186,7 @@ def show(numbers: dict[str, Any]) -> None:
     }
     figures.save(
         figures.curves(
-            panels, labels, "Time per image, pixel and sample hardly changes with their number",
+            panels, labels, "Time per image, pixel and sample hardly grows with their number",
             axes_options=options, legend="upper right",
         ),
         "bench_speed",
@@ -203,7 +203,7 @@ def main(arguments: list[str]) -> None:
     """Measure, print and save; with ``--plot`` draw what was measured again, beside the notebooks' latest times."""
     kept = figures_folder("mnist") / "bench_speed.json"
     numbers = json.loads(kept.read_text())["numbers"] if arguments == ["--plot"] else measure()
-    numbers["notebooks"] = notebooks()
+    numbers["notebooks_as_last_executed"] = notebooks()
     print(json.dumps(numbers, indent=1, ensure_ascii=False))
     show(numbers)
 
