@@ -49,7 +49,7 @@ def keep_memory() -> None:
     """Ask the C library to keep what tensors of a tile free for those of the next one.
 
     By default glibc gives every block of more than 32 MB back to the system, which then clears it page by page when it is
-    wanted again: a third of the time of large tiles (mallopt(3)). Other C libraries are left as they are.
+    wanted again: about a quarter of the time of large tiles (mallopt(3)). Other C libraries are left as they are.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt:

@@ -193,9 +193,10 @@ def show(numbers: dict[str, Any]) -> None:
         "mnist",
         numbers=numbers,
         alt="Time per image against the number of images, per million pixels against the size of the canvas, and per sample "
-        "against the number of samples: lines that are level within a tenth, or fall.",
+        "against the number of samples: lines that are nearly level, or fall.",
         note="One thread of a server without a GPU, measured once; medians where a picture is small. Sampling: latents of "
-        "the 7×7 map; decoding: random weights, map in 64×64 tiles, one channel (trunks of 16 and 32) or three (32 and 64).",
+        "the 7×7 map (spline flow: up to 3,000); decoding: random weights, map in 64×64 tiles, one channel (trunks of 16 "
+        "and 32) or three (32 and 64).",
     )  # fmt: skip
 
 

@@ -114,7 +114,7 @@ def curves(
                 axes.axvline(x, color=colour, linewidth=1.2, linestyle=":")
                 axes.annotate(
                     text, (x, 0.98), xycoords=("data", "axes fraction"), xytext=(3, 0), textcoords="offset points",
-                    va="top", fontsize=7.5, color=colour, rotation=90,
+                    va="top", fontsize=7.5, color="0.25", rotation=90,
                 )  # fmt: skip
             axes.set(xlabel=labels[panel][0], ylabel=labels[panel][1], title=panel)
             if symlog:
