@@ -156,6 +156,21 @@ def test_numbers_of_priors_in_the_readme_are_those_of_the_committed_figures():
         assert f"({mean(likelihood[model]['negative_log_likelihood']):.1f}" in readme
 
 
+def test_numbers_of_land_in_the_readme_are_those_of_the_committed_figures():
+    readme = (ROOT / "README.md").read_text()
+    numbers = json.loads((ROOT / "figures" / "mnist" / "any_size_statistics.json").read_text())["numbers"]
+    rows = {
+        "N(0, I)": "N(0, I)",
+        "learned prior": "learned stationary prior",
+        "reconstructions": "reconstructions of other tiles",
+    }
+    for kind, name in rows.items():
+        table = {column: mean(values) for column, values in numbers[kind].items() if not isinstance(values[0], list)}
+        distances = [f"{table[c]:.{0 if table[c] > 10 else 1}f}" for c in ("to_reconstructions", "frechet")]
+        error = f"{table['error']:.2f} " if "error" in table else ""
+        assert f"| {name} | {' | '.join(distances)} | {table['coverage']:.2f} | {error}|" in readme
+
+
 def test_speeds_in_the_readme_are_those_of_the_benchmark():
     readme = (ROOT / "README.md").read_text()
     numbers = json.loads((ROOT / "figures" / "mnist" / "bench_speed.json").read_text())["numbers"]

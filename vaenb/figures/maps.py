@@ -87,9 +87,11 @@ def map_sizes(
             averages = [np.mean(seeds) for seeds in values]
             axes.plot(averages, "-", color=ARM_COLOURS["spatial"], linewidth=2)
             for position, average in enumerate(averages):
+                falls = averages[position + 1 :] and averages[position + 1] < average  # the number stays clear of the line
                 axes.annotate(
-                    f"{average:.0f}", (position, average), xytext=(7, -9), textcoords="offset points", fontsize=8.5
-                )
+                    f"{average:.0f}", (position, average), xytext=(7, 4 if falls else -9), textcoords="offset points",
+                    fontsize=8.5,
+                )  # fmt: skip
             axes.set_xticks(range(len(sizes)), [f"{size}×{size}" for size in sizes])
             axes.set(xlabel="latent map", ylabel="nats per image", title=quantity)
             axes.margins(x=0.15, y=0.15)

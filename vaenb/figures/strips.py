@@ -59,8 +59,8 @@ def strips(
                     axes.plot(values, [0] * len(values), "o", color=colours[row], alpha=0.55, markersize=5)
                     axes.plot([np.mean(values)] * 2, [-0.6, 0.6], color=colours[row], linewidth=2.5)
                     axes.annotate(
-                        pattern.format(np.mean(values)), (max(values), 0), xytext=(7, 0), va="center", fontsize=8.5,
-                        textcoords="offset points",
+                        pattern.format(np.mean(values)).replace("-", "−"), (max(values), 0), xytext=(7, 0), va="center",
+                        fontsize=8.5, textcoords="offset points",
                     )  # fmt: skip
     return figure
 
