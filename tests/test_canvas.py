@@ -14,14 +14,17 @@ from vaenb.receptive import GlobalLayerError
 def model_of(stride=4, kernel_size=3, **options):
     torch.manual_seed(0)
     options = {"latent_channels": 2, "likelihood": "logistic", **options}
-    return VAE("spatial", (3, 32, 32), stride, kernel_size=kernel_size, **options).double().eval().requires_grad_(False)
+    model = VAE("spatial", (3, 32, 32), stride, kernel_size=kernel_size, **options).double().eval().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter += 0.05 * torch.randn_like(parameter)  # no weight is zero, as those of new residual blocks are
+    return model
 
 
 @pytest.mark.parametrize("stride", [4, 2, 1])
-@pytest.mark.parametrize("kernel_size", [1, 3, 5])
+@pytest.mark.parametrize("options", [{"kernel_size": 1}, {"kernel_size": 3}, {"kernel_size": 5}, {"blocks": 1}], ids=str)
 @pytest.mark.parametrize("size", [(64, 64), (61, 75), (4, 70)])
-def test_tile_by_tile_equals_all_at_once(stride, kernel_size, size):
-    model = model_of(stride, kernel_size)
+def test_tile_by_tile_equals_all_at_once(stride, options, size):
+    model = model_of(stride, **options)
     image = torch.randint(256, (3, *size), dtype=torch.uint8)
     z = model.encode(image[None].double() / 255).mean[0]
     encode = [

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.distributions import kl_divergence
 
-from vaenb.models import ARMS, VAE, ImageSizeError, SubpixelUp, evaluate, reparametrise
+from vaenb.models import ARMS, VAE, ImageSizeError, Residual, SubpixelUp, evaluate, reparametrise
 
 STRIDE_OF = {7: 4, 14: 2, 28: 1}
 
@@ -47,7 +47,7 @@ def test_subpixel_up_is_a_transposed_convolution():
     up, transposed = SubpixelUp(3, 2), torch.nn.ConvTranspose2d(3, 2, kernel_size=4, stride=2, padding=1)
     with torch.no_grad():
         for channel, a, b in itertools.product(range(2), range(2), range(2)):
-            phase = 4 * channel + 2 * a + b
+            phase = (2 * a + b) * 2 + channel
             # shuffled row 2p + a becomes output row y = 2p + a - 1 and sees inputs p - 1, p: taps y + 1 - 2·input
             rows, columns = ([a + 2, a] for a in (a, b))
             weight = transposed.weight[:, channel][:, rows][:, :, columns]
@@ -55,6 +55,31 @@ def test_subpixel_up_is_a_transposed_convolution():
             up.phases.bias[phase] = transposed.bias[channel]
     x = torch.randn(2, 3, 5, 7)
     torch.testing.assert_close(up(x), transposed(x), atol=1e-5, rtol=1e-5)
+
+
+def test_subpixel_up_has_the_phase_before_the_channel():
+    torch.manual_seed(0)
+    up, x = SubpixelUp(3, 2), torch.randn(2, 3, 5, 7)
+    phases = up.phases(x).unflatten(1, (4, 2)).transpose(1, 2).flatten(1, 2)
+    torch.testing.assert_close(up(x), torch.nn.functional.pixel_shuffle(phases, 2)[..., 1:-1, 1:-1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_new_blocks_change_nothing_and_learn(arm):
+    vae = model(arm, blocks=2)
+    assert [sum(isinstance(m, Residual) for m in part) for part in (vae.encoder, vae.decoder)] == [2, 2]
+    x = torch.randn(2, 32, 7, 7)
+    block = vae.decoder[0]
+    torch.testing.assert_close(block(x), x, rtol=0, atol=0)
+    for _ in range(2):  # the layers before the one that begins at zero get a gradient at the second step
+        rate, distortion = vae(torch.rand(4, 1, 28, 28).round(), torch.randn(4, *vae.latent_shape))
+        vae.zero_grad()
+        (rate + distortion).mean().backward()
+        with torch.no_grad():
+            for parameter in vae.parameters():
+                parameter -= 1e-4 * parameter.grad
+    assert all(parameter.grad.abs().sum() > 0 for parameter in vae.parameters())
+    assert not torch.equal(block(x), x)
 
 
 def test_p_of_x_given_z_sums_to_one_over_all_images():
@@ -192,7 +217,7 @@ def test_a_reach_as_long_as_the_map_is_a_global_layer():
 
 
 def test_spatial_variants_take_images_of_any_size():
-    for options in ({"coordinates": True}, {"padding": "circular"}, {"kernel_size": 5}):
+    for options in ({"coordinates": True}, {"padding": "circular"}, {"kernel_size": 5}, {"blocks": 1}):
         vae = VAE(**options)
         x = torch.rand(1, 1, 36, 44)
         assert vae.decode(vae.encode(x).mean).mean.shape == x.shape
@@ -206,6 +231,7 @@ def test_spatial_variants_take_images_of_any_size():
         ({"arm": "dense", "coordinates": True}, "the dense arm has none"),
         ({"arm": "dense", "kernel_size": 5}, "the dense arm has none"),
         ({"reach": 2}, "only the mixed arm"),
+        ({"blocks": -1}, "at least 0"),
     ],
 )
 def test_variants_that_make_no_sense(options, message):

@@ -22,13 +22,18 @@ LOCAL = [
     {"stride": 4, "kernel_size": 5, "padding": "circular"},
     {"stride": 2, "padding": "circular"},
     {"stride": 4, "coordinates": True},
+    {"stride": 2, "blocks": 2},
+    {"stride": 1, "blocks": 1, "padding": "circular"},
     {"arm": "mixed", "stride": 4, "reach": 1},
 ]
 
 
 def local_model(options, image=(1, 16, 20)):
     torch.manual_seed(0)
-    return VAE(**{"arm": "spatial", "image_shape": image, **options}).double().requires_grad_(False)
+    vae = VAE(**{"arm": "spatial", "image_shape": image, **options}).double().requires_grad_(False)
+    for parameter in vae.parameters():
+        parameter += 0.1 * torch.randn_like(parameter)  # no weight is zero, as those of new residual blocks are
+    return vae
 
 
 @pytest.mark.parametrize("options", LOCAL, ids=str)

@@ -153,6 +153,7 @@ def test_a_last_step_that_ruins_the_weights_is_not_stored(monkeypatch):
         ({"learning_rate": float("nan")}, "expected a positive number"),
         ({"latents": 20}, "latents=20 is for the dense arm"),
         ({"kernel_size": 4}, "odd"),
+        ({"blocks": -1}, "at least 0"),
         ({"padding": "same"}, "choose one of zeros, circular"),
         ({"coordinates": "yes"}, "choose one of False, True"),
         ({"arm": "dense", "coordinates": True}, "the dense arm has none"),

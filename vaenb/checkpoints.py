@@ -49,7 +49,7 @@ def restore(content: bytes, model: nn.Module, optimiser: torch.optim.Optimizer, 
     history = state.pop("history").tolist()
     model.load_state_dict({name[6:]: tensor for name, tensor in state.items() if name.startswith("model.")})
     moments: dict[int, dict[str, Tensor]] = {}
-    parameters = list(model.parameters())
+    parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
     for name, tensor in state.items():
         if name.startswith("optimiser."):
             _, index, moment = name.split(".")

@@ -30,6 +30,7 @@ class Config:
         latents: length of the latent vector of ``dense``; None: as many as the map has.
         kernel_size, padding, coordinates, reach: of the layers next to the map; see ``models.VAE``.
         hidden: channels of the two stages of the trunks, the outer one first.
+        blocks: residual blocks of each trunk, where it meets the bottleneck.
         likelihood: of the pixels; see ``pixels``.
         distortion_reduction, rate_reduction: how the loss adds up pixels and latents. ``sum`` and ``sum`` is −ELBO in
             nats; the other three are the mistakes that experiment E3 examines.
@@ -52,6 +53,7 @@ class Config:
     coordinates: bool = False
     reach: int | None = None
     hidden: tuple[int, int] = (16, 32)
+    blocks: int = 0
     likelihood: str = "bernoulli"
     distortion_reduction: str = "sum"
     rate_reduction: str = "sum"
@@ -83,6 +85,8 @@ class Config:
             raise ConfigError(
                 f"hidden={self.hidden!r}: expected two whole numbers of at least 1, the channels of the two stages"
             )
+        if not isinstance(self.blocks, int) or self.blocks < 0:
+            raise ConfigError(f"blocks={self.blocks!r}: expected a whole number of at least 0")
         if not 0 < self.learning_rate < math.inf:
             raise ConfigError(f"learning_rate={self.learning_rate!r}: expected a positive number")
         if self.latents is not None and self.arm != "dense":
@@ -107,6 +111,7 @@ class Config:
             [f"reach{self.reach}"] * (self.reach is not None)
             + ["coordinates"] * self.coordinates
             + ["hidden{}-{}".format(*self.hidden)] * (tuple(self.hidden) != (16, 32))
+            + [f"blocks{self.blocks}"] * (self.blocks > 0)
             + [self.likelihood] * (self.likelihood != "bernoulli")
             + [loss] * (loss != "sum-sum")
             + [self.precision] * (self.precision != "32-true")
@@ -132,7 +137,7 @@ class Config:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             stride = self.stride(image_shape[1:])
-            same = ("hidden", "kernel_size", "padding", "coordinates", "reach", "likelihood")
+            same = ("hidden", "blocks", "kernel_size", "padding", "coordinates", "reach", "likelihood")
             options = {name: getattr(self, name) for name in same}
             model = models.VAE(self.arm, image_shape, stride, self.latent_channels, self.latents, **options)
             return model.to(memory_format=torch.channels_last)  # faster convolutions on CPUs and GPUs alike

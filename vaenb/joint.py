@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vaenb.models import VAE, reparametrise
+from vaenb.muon import groups
 from vaenb.priors import Prior, minimise
 
 
@@ -41,5 +42,5 @@ def train_jointly(
 
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        minimise(negative_elbo, both, images, "joint training", epochs, batch_size, learning_rate)
+        minimise(negative_elbo, both, images, "joint training", epochs, batch_size, learning_rate, groups(model, prior))
     both.requires_grad_(False)

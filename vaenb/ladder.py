@@ -147,7 +147,7 @@ def repair(run: Run, rung: str, count: int = COUNT, wait: bool = True) -> Repair
     return Repaired(run, rung, count, entry)
 
 
-def tune(repaired: Repaired, epochs: int = 3, learning_rate: float = 1.5e-2, wait: bool = True) -> Repaired:
+def tune(repaired: Repaired, epochs: int = 3, learning_rate: float = 8e-3, wait: bool = True) -> Repaired:
     """Encoder, decoder and prior trained on together from where they are; see ``joint.train_jointly``.
 
     Args:

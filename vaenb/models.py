@@ -33,6 +33,8 @@ class SubpixelUp(nn.Module):
 
     Each output pixel sees 2×2 inputs, with another kernel for each of the four phases: a 2×2 convolution to 4·C channels
     and a shuffle (Shi et al. 2016). CPUs have faster kernels for that than for transposed convolutions to few channels.
+    The phase comes before the channel in the 4·C (``F.pixel_shuffle`` has it the other way round), so that in memory where
+    channels come last whole pixels move and not single numbers.
     """
 
     def __init__(self, channels_in: int, channels_out: int, padding_mode: str = "zeros"):
@@ -41,7 +43,33 @@ class SubpixelUp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C_in, H, W) -> (N, C_out, 2H, 2W)."""
-        return F.pixel_shuffle(self.phases(x), 2)[..., 1:-1, 1:-1]
+        phases = self.phases(x).permute(0, 2, 3, 1)
+        n, height, width, _ = phases.shape
+        pixels = phases.reshape(n, height, width, 2, 2, -1).transpose(2, 3).reshape(n, 2 * height, 2 * width, -1)
+        return pixels[:, 1:-1, 1:-1].permute(0, 3, 1, 2)
+
+
+class Residual(nn.Module):
+    """x + W₂ GELU(W₁ D x): D a convolution of each channel alone, W at each position across channels; C, 2C, C channels.
+
+    The block of ConvNeXt (Liu et al. 2022) without its normalisation, and with 3×3 instead of 7×7 kernels, since CPUs are
+    slow at D. W₂ begins at zero, so that a new block changes nothing.
+    """
+
+    def __init__(self, channels: int, padding_mode: str = "zeros", kernel_size: int = 3):
+        super().__init__()
+        same = {"padding": kernel_size // 2, "padding_mode": padding_mode, "groups": channels}
+        self.branch = nn.Sequential(
+            nn.Conv2d(channels, channels, kernel_size, **same),
+            *(nn.Conv2d(channels, 2 * channels, kernel_size=1), nn.GELU()),
+            nn.Conv2d(2 * channels, channels, kernel_size=1),
+        )
+        nn.init.zeros_(self.branch[-1].weight)
+        nn.init.zeros_(self.branch[-1].bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, h, w) -> (N, C, h, w)."""
+        return x + self.branch(x)
 
 
 class AcrossPositions(nn.Linear):
@@ -85,6 +113,7 @@ class VAE(nn.Module):
         latent_channels: channels of the map.
         latents: length of the vector of ``dense``; by default as many as the map would have.
         hidden: channels of the two stages of the trunks, the outer one first.
+        blocks: residual blocks of each trunk, where it meets the bottleneck.
         kernel_size: side of the kernels of the two convolutions next to the map, odd; sets the receptive field.
         padding: ``zeros``, or ``circular``: the image is a torus, and nothing tells a position from another.
         coordinates: whether those two convolutions are told where each position lies.
@@ -92,9 +121,9 @@ class VAE(nn.Module):
         likelihood: of the pixels given the latents, see ``pixels``.
 
     Raises:
-        ValueError: unknown arm, stride or padding; an even kernel; ``latents`` for a map; ``kernel_size`` or ``coordinates``
-            for ``dense``, which has no convolution next to the latent; ``reach`` for another arm than ``mixed``; an unknown
-            likelihood.
+        ValueError: unknown arm, stride or padding; an even kernel; fewer than 0 blocks; ``latents`` for a map;
+            ``kernel_size`` or ``coordinates`` for ``dense``, which has no convolution next to the latent; ``reach`` for
+            another arm than ``mixed``; an unknown likelihood.
         ImageSizeError: the images are smaller than the stride.
     """
 
@@ -106,6 +135,7 @@ class VAE(nn.Module):
         latent_channels: int = 1,
         latents: int | None = None,
         hidden: tuple[int, int] = (16, 32),
+        blocks: int = 0,
         kernel_size: int = 3,
         padding: str = "zeros",
         coordinates: bool = False,
@@ -125,6 +155,8 @@ class VAE(nn.Module):
             raise ValueError(
                 f"kernel_size={kernel_size}: expected an odd number, so that a position is in the middle of its field"
             )
+        if blocks < 0:
+            raise ValueError(f"blocks={blocks}: expected a number of at least 0")
         if arm == "dense" and (kernel_size != 3 or coordinates):
             raise ValueError("kernel_size and coordinates are of the convolutions next to a map: the dense arm has none")
         if reach is not None and arm != "mixed":
@@ -136,10 +168,12 @@ class VAE(nn.Module):
         channels, outer, inner = image_shape[0], *hidden
         height, width = self.grid(image_shape[1:])
         self.encoder = nn.Sequential(
-            _down(channels, outer, stride == 4, padding), nn.GELU(), _down(outer, inner, stride >= 2, padding), nn.GELU()
+            *(_down(channels, outer, stride == 4, padding), nn.GELU(), _down(outer, inner, stride >= 2, padding), nn.GELU()),
+            *(Residual(inner, padding) for _ in range(blocks)),
         )
         self.decoder = nn.Sequential(
-            nn.GELU(), _up(inner, outer, stride >= 2, padding), nn.GELU(), _up(outer, channels, stride == 4, padding)
+            *(Residual(inner, padding) for _ in range(blocks)),
+            *(nn.GELU(), _up(inner, outer, stride >= 2, padding), nn.GELU(), _up(outer, channels, stride == 4, padding)),
         )
         self.log_scale = None if likelihood == "bernoulli" else nn.Parameter(torch.full((channels,), LOG_SCALE))
         if arm == "dense":

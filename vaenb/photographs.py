@@ -24,7 +24,7 @@ CLASSES = ("AnnualCrop", "Forest", "HerbaceousVegetation", "Highway", "Industria
            "Residential", "River", "SeaLake")  # fmt: skip
 CROPS = 1_000  # of the two photographs together
 PRESETS = {  # for photographs: small for minutes on two cores, large for a GPU
-    "small": {"likelihood": "logistic", "hidden": (32, 64), "latent_channels": 4, "epochs": 8, "batch_size": 32},
+    "small": {"likelihood": "logistic", "hidden": (32, 64), "latent_channels": 4, "epochs": 4, "batch_size": 32},
     "large": {"likelihood": "logistic", "hidden": (128, 256), "latent_channels": 8, "epochs": 60, "precision": "bf16-mixed"},
 }
 Split = tuple[Tensor, Tensor, Tensor, Tensor]  # train, test: uint8, (N, 3, 64, 64); their labels: int64, (N,)

@@ -8,11 +8,12 @@ they are in ``gaussians``, ``autoregressive``, ``flows`` and ``two_stage``.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from vaenb.muon import Muon
 from vaenb.progress import Progress
 
 BATCH = 500  # latents through a prior at once: what fits into a cache is faster
@@ -220,8 +221,9 @@ def minimise(
     epochs: int,
     batch_size: int,
     learning_rate: float,
+    groups: list[dict[str, Any]] | None = None,
 ) -> None:
-    """Minimise the mean of a loss over data by Adam, with a short warm-up and linear decay of the learning rate to zero.
+    """Minimise the mean of a loss over data, with a short warm-up and linear decay of the learning rate to zero.
 
     Args:
         loss: of a batch.
@@ -229,14 +231,20 @@ def minimise(
         data: (N, ...), batched along the first axis in random order.
         name: for the progress line.
         epochs, batch_size, learning_rate: as their names say.
+        groups: of parameters, for ``muon.Muon``; by default those of the module, by Adam.
 
     Raises:
         ValueError: the loss became NaN or infinite.
     """
     steps = math.ceil(len(data) / batch_size)
-    adam = torch.optim.Adam(module.parameters(), lr=learning_rate, betas=(0.9, 0.99), fused=True)
+    optimiser = Muon(groups or module.parameters(), learning_rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        adam, learning_rate, total_steps=epochs * steps + 1, pct_start=0.05, anneal_strategy="linear", cycle_momentum=False
+        optimiser,
+        learning_rate,
+        total_steps=epochs * steps + 1,
+        pct_start=0.05,
+        anneal_strategy="linear",
+        cycle_momentum=False,
     )
     latents = math.prod(data.shape[1:])
     with torch.enable_grad(), Progress(name, epochs * steps) as progress:
@@ -244,10 +252,10 @@ def minimise(
             total = 0.0
             for batch in torch.randperm(len(data)).split(batch_size):
                 value = loss(data[batch.to(data.device)])
-                adam.zero_grad()
+                optimiser.zero_grad()
                 value.backward()
                 nn.utils.clip_grad_norm_(module.parameters(), 10 * math.sqrt(latents))
-                adam.step()
+                optimiser.step()
                 schedule.step()
                 total += value.item() * len(batch)
                 progress.step()

@@ -12,7 +12,7 @@ import numpy as np
 from torch import nn
 from torch.distributions import Distribution, Independent
 
-from vaenb.models import VAE, AcrossPositions, SubpixelUp, WithCoordinates
+from vaenb.models import VAE, AcrossPositions, Residual, SubpixelUp, WithCoordinates
 
 POINTWISE = (nn.GELU, nn.Identity, WithCoordinates)  # what a position sees does not grow; coordinates are constants
 
@@ -110,6 +110,8 @@ def _step(layer: nn.Module, axis: int, count: int) -> np.ndarray:
     """Which of ``count`` inputs each output of a layer sees along one axis: boolean, (outputs, count)."""
     if isinstance(layer, POINTWISE):
         return np.eye(count, dtype=bool)
+    if isinstance(layer, Residual):
+        return field_of(layer.branch, count, axis)  # its own position is in the middle of what the branch sees
     if isinstance(layer, SubpixelUp):
         return _step(layer.phases, axis, count).repeat(2, axis=0)[1:-1]
     if isinstance(layer, AcrossPositions) and layer.reach is not None:

@@ -22,15 +22,14 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from vaenb import checkpoints, data, folders, models, pictures, pixels, processes, runs
+from vaenb import checkpoints, data, folders, models, muon, pictures, pixels, processes, runs
 from vaenb.config import Config, ConfigError, loss_of
 from vaenb.progress import Progress
 
 WARM_UP = 0.05  # share of all steps
-BETAS = (0.9, 0.99)  # of Adam; a shorter memory of the squared gradient suits a few thousand steps
 HISTORY = ("epoch", "rate", "distortion", "test_rate", "test_distortion")
 EXPLODED = 1e3  # times the loss of guessing every pixel by tossing a coin
-MODULES = (data, pixels, models, checkpoints)
+MODULES = (data, pixels, models, muon, checkpoints)
 CODE = [*MODULES, *(sys.modules[name] for name in (Config.__module__, __name__))]  # what a run depends on
 
 
@@ -169,8 +168,7 @@ def _train(config: Config, images: data.ImageSet | data.FolderSet, folder: Path)
         raise ConfigError("precision='16-mixed' needs a GPU, and there is none: choose 32-true or bf16-mixed")
     model = config.build(images.image_shape)
     latents, entries = math.prod(model.latent_shape), math.prod(images.image_shape)
-    adam = torch.optim.Adam(model.parameters(), lr=config.learning_rate, betas=BETAS, fused=True)
-    wrapped, optimiser = fabric.setup(model, adam)
+    wrapped, optimiser = fabric.setup(model, muon.Muon(muon.groups(model), config.learning_rate))
     count = len(images.train)
     steps = math.ceil(count / config.batch_size)
     checkpoint = processes.broadcast(checkpoints.newest(folder) if first else b"")

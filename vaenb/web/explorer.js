@@ -54,7 +54,7 @@ const Explorer = (() => {
     for (let c = 0; c < channels; c++) {
       for (let y = 0; y < wide; y++) {
         for (let x = 0; x < wide; x++) {
-          const phase = 4 * c + 2 * ((y + 1) % 2) + ((x + 1) % 2);
+          const phase = (2 * ((y + 1) % 2) + ((x + 1) % 2)) * channels + c;
           output[(c * wide + y) * wide + x] = phases.output[(phase * phases.side + ((y + 1) >> 1)) * phases.side + ((x + 1) >> 1)];
         }
       }

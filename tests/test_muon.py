@@ -1,0 +1,83 @@
+import pytest
+import torch
+from torch import nn
+
+from vaenb.models import VAE
+from vaenb.muon import BETAS, SIZE, Muon, groups, orthogonalised
+from vaenb.priors import Prior
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (3, 40), (40, 3), (1, 7), (32, 288), (64, 40)])
+def test_singular_values_become_about_one_and_singular_vectors_stay(shape):
+    torch.manual_seed(0)
+    left, _, right = torch.linalg.svd(torch.randn(shape), full_matrices=False)
+    matrix = left @ torch.diag(torch.logspace(0, -1.5, len(right))) @ right  # 1 to 0.03
+    inside = left.T @ orthogonalised(matrix) @ right.T
+    assert inside.diagonal().min() > 0.6
+    assert inside.diagonal().max() < 1.25
+    torch.testing.assert_close(inside, torch.diag(inside.diagonal()), atol=1e-4, rtol=0)
+
+
+def test_what_is_orthogonal_does_not_depend_on_scale_and_zero_stays_zero():
+    torch.manual_seed(0)
+    matrix = torch.randn(8, 20)
+    torch.testing.assert_close(orthogonalised(1e-6 * matrix), orthogonalised(1e6 * matrix), rtol=1e-3, atol=1e-4)
+    assert torch.equal(orthogonalised(torch.zeros(3, 5)), torch.zeros(3, 5))
+
+
+def test_steps_of_matrices_have_one_size_whatever_their_shape_and_gradient():
+    torch.manual_seed(0)
+    for shape, scale in [((16, 8, 3, 3), 1e-4), ((40, 100), 1e3)]:
+        weight = nn.Parameter(torch.zeros(shape))
+        weight.grad = scale * torch.randn(shape)
+        Muon([{"params": [weight], "matrices": True}], lr=0.01).step()
+        size = weight.detach().square().mean().sqrt() / 0.01
+        assert size.item() == pytest.approx(SIZE, rel=0.2)
+        assert (weight * weight.grad).sum() < 0  # downhill
+
+
+def test_what_is_no_matrix_takes_the_steps_of_adam():
+    torch.manual_seed(0)
+    ours, theirs = (nn.Parameter(torch.arange(5.0)) for _ in range(2))
+    weight = nn.Parameter(torch.eye(3))
+    muon, adam = (
+        Muon([{"params": [weight], "matrices": True}, {"params": [ours]}], 0.1),
+        torch.optim.Adam([theirs], 0.1, BETAS),
+    )
+    for _ in range(5):
+        ours.grad, weight.grad = torch.randn(5), torch.randn(3, 3)
+        theirs.grad = ours.grad.clone()
+        gradient = weight.grad
+        for optimiser in (muon, adam):
+            optimiser.step()
+        assert weight.grad is gradient  # gradients stay for whoever looks at them
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_matrices_are_the_weights_that_mix_channels():
+    model, prior = VAE("mixed", (1, 28, 28), blocks=1), Prior((1, 7, 7))
+    prior.means = nn.Parameter(torch.zeros(5, 49))
+    matrices, rest = groups(model, prior)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert matrices["matrices"]
+    assert "matrices" not in rest
+    named = {names[id(parameter)] for parameter in matrices["params"]}
+    assert {"encoder.2.weight", "to_latent.0.weight", "to_latent.1.weight", "decoder.0.branch.1.weight"} <= named
+    assert not named & {"encoder.0.weight", "from_latent.1.weight", "decoder.0.branch.0.weight", "encoder.2.bias"}
+    assert any(parameter is prior.means for parameter in rest["params"])
+    assert len(matrices["params"]) + len(rest["params"]) == len(names) + 1
+
+
+def test_it_descends_where_curvatures_differ():
+    """A matrix to be found through inputs whose curvatures span three orders of magnitude: all directions are learned."""
+    torch.manual_seed(0)
+    inputs, target = torch.randn(500, 10) * torch.logspace(0, -1.5, 10), torch.randn(10, 6)
+    weight = nn.Parameter(torch.zeros(10, 6))
+    optimiser = Muon([{"params": [weight], "matrices": True}], lr=0.1)
+    for step in range(200):
+        for group in optimiser.param_groups:
+            group["lr"] = 0.1 * (1 - step / 200)
+        optimiser.zero_grad()
+        (inputs @ (weight - target)).square().mean().backward()
+        optimiser.step()
+    assert (weight - target).abs().max() < 0.1
