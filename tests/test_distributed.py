@@ -18,8 +18,8 @@ from vaenb import bundle, checkpoints, models, processes, runs
 from vaenb.config import Config, ConfigError
 from vaenb.train import fit
 
-# 1,597 images: the last batch has 61, an odd number. Orthogonal steps have the same length however small the gradient is, and so
-# let rounding differ: at the default learning rate by 2e-5 of the bound after these three epochs.
+# 1,597 images: the last batch has 61, an odd number. Orthogonal steps are as long however small the gradient is, which lets
+# rounding grow: at the default learning rate the bound differs by 2e-5 of itself after these three epochs.
 TINY = Config("digits", "dense", latents=8, epochs=3, learning_rate=5e-4)
 SCRIPT = """
 import datetime, os, sys

@@ -138,21 +138,21 @@ def test_numbers_of_priors_in_the_readme_are_those_of_the_committed_figures():
         "full Gaussian": ("one Gaussian for all latents", None),
         "mixture": ("mixture of 150 Gaussians", "mixture"),
         "jointly trained": ("the mixture, trained jointly", "jointly"),
-        "wide": ("the same in the wide model", "wide, jointly"),
+        "deep": ("the same in the deep model", "deep, jointly"),
     }
     for rung, (name, bound) in rows.items():
-        table = ladder["wide"]["jointly trained"] if rung == "wide" else ladder["statistics"][rung]
+        table = ladder["deep"]["jointly trained"] if rung == "deep" else ladder["statistics"][rung]
         nll = likelihood[f"FCNN-VAE, 7×7, {bound}"]["negative_log_likelihood"] if bound else None
-        gains = ladder["gains"][rung] if "joint" not in name and rung != "wide" else None
+        gains = ladder["gains"][rung] if "joint" not in name and rung != "deep" else None
         numbers = [gains, table["to_reconstructions"], table["frechet"]]
         cells = ["" if values is None else _mean_and_deviation(values) for values in (*numbers, nll)]
         cells.insert(3, f"{mean(table['coverage']):.2f}")
         assert re.sub(" +", " ", f"| {name} | {' | '.join(cells)} |") in readme
-    for limit, name in (("limits", "frozen"), ("wide_limits", "wide, jointly")):
+    for limit, name in (("limits", "frozen"), ("deep_limits", "deep, jointly")):
         table = ladder[limit]
         cells = [_mean_and_deviation(table[column]) for column in ("to_reconstructions", "frechet")]
         assert f"({name}) | | {' | '.join(cells)} | {mean(table['coverage']):.2f} | |" in readme
-    for model in ("FC-VAE, 20, jointly", "FC-VAE, 20, wide, jointly"):
+    for model in ("FC-VAE, 20, jointly", "FC-VAE, 20, deep, jointly"):
         assert f"({mean(likelihood[model]['negative_log_likelihood']):.1f}" in readme
 
 

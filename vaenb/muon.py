@@ -67,7 +67,7 @@ def groups(model: nn.Module, *others: nn.Module) -> list[dict[str, Any]]:
 
 
 def orthogonalised(matrix: Tensor) -> Tensor:
-    """About U Vᵀ for a matrix U S Vᵀ: its singular values, unless they are tiny, become 0.7 to 1.2.
+    """About U Vᵀ for a matrix U S Vᵀ: singular values s become s / √(s² + ``DAMPING`` Σ s²), times 0.7 to 1.2.
 
     By a Newton-Schulz iteration, whose polynomials are those of the Gram matrix of the shorter side: small products.
     """

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import datasets, transforms
 
-from vaenb import data, train
+from vaenb import data, muon, train
 from vaenb.config import Config, loss_of
 from vaenb.models import VAE, reparametrise
 
@@ -45,21 +45,21 @@ def dataloader(config: Config, images: data.ImageSet) -> float:
         dataset.transform, dataset.target_transform, dataset.root = transforms.ToTensor(), None, root
         loader = DataLoader(dataset, config.batch_size, shuffle=True)
         model = config.build(images.image_shape)
-        adam = torch.optim.Adam(model.parameters(), lr=config.learning_rate)
+        optimiser = muon.Muon(muon.groups(model), config.learning_rate)
         started = time.perf_counter()
         for x, _ in loader:
-            step(model, adam, torch.bernoulli(x))
+            step(model, optimiser, torch.bernoulli(x))
         return time.perf_counter() - started
 
 
-def step(model: VAE, adam: torch.optim.Optimizer, x: Tensor) -> None:
+def step(model: VAE, optimiser: torch.optim.Optimizer, x: Tensor) -> None:
     """One step on −ELBO."""
     q = model.encode(x)
     rate = torch.distributions.kl_divergence(q, model.prior())
     loss = (rate - model.decode(reparametrise(q, torch.randn_like(q.mean))).log_prob(x)).mean()
-    adam.zero_grad()
+    optimiser.zero_grad()
     loss.backward()
-    adam.step()
+    optimiser.step()
 
 
 def pythae(config: Config, images: data.ImageSet) -> float:
