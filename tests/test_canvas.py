@@ -38,6 +38,11 @@ def test_tile_by_tile_equals_all_at_once(stride, options, size):
     torch.testing.assert_close(torch.cat(list(canvas.reconstruct(model, image, tile=4)), dim=1), whole, atol=1e-5, rtol=0)
 
 
+def test_halos_of_models_that_see_far():
+    near = canvas.halos(model_of())
+    assert canvas.halos(model_of(blocks=40)) == tuple(halo + 40 for halo in near)  # a 3×3 convolution in each
+
+
 def test_no_smaller_halo_would_do():
     """The overlap is what the receptive field demands, neither less nor more."""
     model = model_of()

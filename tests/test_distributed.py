@@ -16,6 +16,7 @@ from PIL import Image
 
 from vaenb import bundle, checkpoints, models, processes, runs
 from vaenb.config import Config, ConfigError
+from vaenb.muon import Muon, groups
 from vaenb.train import fit
 
 # 1,597 images: the last batch has 61, an odd number. Orthogonal steps are as long however small the gradient is, which lets
@@ -229,20 +230,29 @@ def test_shares_are_the_batch_in_order_and_nearly_equal(monkeypatch):
 
 
 def test_a_checkpoint_keeps_the_scale_of_losses_in_16_bits(tmp_path):
-    def parts():
-        model = torch.nn.Linear(3, 1)
-        adam = torch.optim.Adam(model.parameters(), fused=True)
-        return model, adam, MixedPrecision("16-mixed", device="cpu", scaler=torch.amp.GradScaler("cpu"))
+    def parts(plain=False):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(3, 2)
+        optimiser = Muon(groups(model), 0.1)
+        scaler = torch.amp.GradScaler("cpu", enabled=not plain)
+        return model, optimiser, MixedPrecision("16-mixed", device="cpu", scaler=scaler)
 
-    model, adam, precision = parts()
-    for step in range(3):  # the second one overflows, and halves the scale
-        loss = model(torch.ones(1, 3)).sum() * (float("inf") if step == 1 else 1)
-        adam.zero_grad()
-        precision.backward(loss, None)
-        precision.optimizer_step(adam)
-    checkpoints.save(tmp_path, model, adam, precision, [[1.0]])
-    other, other_adam, restored = parts()
+    (model, optimiser, precision), (plain, adam, unscaled) = parts(), parts(plain=True)
+    for step in range(5):  # the second one overflows, and halves the scale
+        for network, its, scaling in ((model, optimiser, precision), (plain, adam, unscaled)):
+            if network is plain and step == 1:
+                continue
+            loss = network(torch.eye(3)[:2]).square().sum() * (float("inf") if step == 1 else 1)
+            its.zero_grad()
+            scaling.backward(loss, None)
+            scaling.optimizer_step(its)
+    torch.testing.assert_close(model.weight, plain.weight)
+    torch.testing.assert_close(model.bias, plain.bias)
+    checkpoints.save(tmp_path, model, optimiser, precision, [[1.0]])
+    other, its, restored = parts()
     assert restored.state_dict() != precision.state_dict()
-    assert checkpoints.restore(checkpoints.newest(tmp_path), other, other_adam, restored) == [[1.0]]
+    assert checkpoints.restore(checkpoints.newest(tmp_path), other, its, restored) == [[1.0]]
     assert restored.state_dict() == precision.state_dict()
     assert torch.equal(other.weight, model.weight)
+    for name in ("momentum", "step"):
+        assert torch.equal(its.state[other.weight][name], optimiser.state[model.weight][name])

@@ -23,6 +23,7 @@ from vaenb.models import VAE
 from vaenb.priors import Prior
 
 DESCRIPTION = "bundle.json"
+FORMAT = 2  # in the first, which named none, the phases of ``models.SubpixelUp`` came after the channels
 
 
 class BundleError(ValueError):
@@ -53,6 +54,7 @@ def save(repaired: ladder.Repaired, folder: Path) -> None:
         sums[name] = hashlib.sha256(content).hexdigest()
         runs.write_atomically(_weights(folder, name, sums[name]), content)
     about = {
+        "format": FORMAT,
         "config": dataclasses.asdict(run.config),
         "image_shape": run.images.image_shape,
         "rung": repaired.rung,
@@ -78,6 +80,8 @@ def load(folder: Path) -> Bundle:
         raise BundleError(f"{folder} is no trained model: it has no {DESCRIPTION}. Make one with python -m vaenb train")
     try:
         about = json.loads(path.read_text())
+        if (found := about.get("format", 1)) != FORMAT:
+            raise BundleError(f"{path} has format {found!r}, this version of vaenb reads {FORMAT}: train the model again")
         config = Config(**about["config"])
         shape = about["image_shape"]
         if not (isinstance(shape, list) and len(shape) == 3 and all(type(side) is int and side > 0 for side in shape)):

@@ -36,13 +36,16 @@ def halos(model: VAE) -> tuple[int, int]:
         )
     if model.padding != "zeros":
         raise ValueError(f"padding={model.padding}: opposite borders are neighbours, so that a tile never has all it needs")
-    count = 64  # positions, more than any field is wide
-    middle = count // 2
-    decoding = field_of([*model.from_latent, *model.decoder], count)  # pixels × positions
-    encoding = field_of([*model.encoder, *model.to_latent], count * model.stride)  # positions × pixels
-    seen = np.nonzero(decoding[middle * model.stride : (middle + 1) * model.stride].any(axis=0))[0]
-    looked_at = np.nonzero(encoding[middle])[0] // model.stride
-    return tuple(int(max(middle - x.min(), x.max() - middle)) for x in (looked_at, seen))
+    count, found = 32, []
+    while not found or max(found) >= count // 2 - 1:  # until no field touches the border
+        count *= 2
+        middle = count // 2
+        decoding = field_of([*model.from_latent, *model.decoder], count)  # pixels × positions
+        encoding = field_of([*model.encoder, *model.to_latent], count * model.stride)  # positions × pixels
+        seen = np.nonzero(decoding[middle * model.stride : (middle + 1) * model.stride].any(axis=0))[0]
+        looked_at = np.nonzero(encoding[middle])[0] // model.stride
+        found = [int(max(middle - x.min(), x.max() - middle)) for x in (looked_at, seen)]
+    return found[0], found[1]
 
 
 def keep_memory() -> None:

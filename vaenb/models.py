@@ -44,9 +44,9 @@ class SubpixelUp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C_in, H, W) -> (N, C_out, 2H, 2W)."""
         phases = self.phases(x).permute(0, 2, 3, 1)
-        n, height, width, _ = phases.shape
-        pixels = phases.reshape(n, height, width, 2, 2, -1).transpose(2, 3).reshape(n, 2 * height, 2 * width, -1)
-        return pixels[:, 1:-1, 1:-1].permute(0, 3, 1, 2)
+        n, height, width, channels = phases.shape
+        rows = phases.reshape(n, height, width, 2, 2, channels // 4).transpose(2, 3)
+        return rows.reshape(n, 2 * height, 2 * width, channels // 4)[:, 1:-1, 1:-1].permute(0, 3, 1, 2)
 
 
 class Residual(nn.Module):
@@ -56,11 +56,10 @@ class Residual(nn.Module):
     slow at D. W₂ begins at zero, so that a new block changes nothing.
     """
 
-    def __init__(self, channels: int, padding_mode: str = "zeros", kernel_size: int = 3):
+    def __init__(self, channels: int, padding_mode: str = "zeros"):
         super().__init__()
-        same = {"padding": kernel_size // 2, "padding_mode": padding_mode, "groups": channels}
         self.branch = nn.Sequential(
-            nn.Conv2d(channels, channels, kernel_size, **same),
+            nn.Conv2d(channels, channels, kernel_size=3, padding=1, padding_mode=padding_mode, groups=channels),
             *(nn.Conv2d(channels, 2 * channels, kernel_size=1), nn.GELU()),
             nn.Conv2d(2 * channels, channels, kernel_size=1),
         )
