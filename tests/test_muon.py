@@ -63,16 +63,33 @@ def test_matrices_are_the_weights_that_mix_channels():
     assert matrices["matrices"]
     assert "matrices" not in rest
     named = {names[id(parameter)] for parameter in matrices["params"]}
-    assert {"encoder.2.weight", "to_latent.0.weight", "decoder.0.branch.1.weight"} <= named
+    assert {"encoder.2.weight", "to_latent.0.weight", "to_latent.1.weight", "decoder.0.branch.1.weight"} <= named
     assert not named & {
         "encoder.0.weight",
         "from_latent.1.weight",
         "decoder.0.branch.0.weight",
         "encoder.2.bias",
-        "to_latent.1.weight",
     }
     assert any(parameter is prior.means for parameter in rest["params"])
     assert len(matrices["params"]) + len(rest["params"]) == len(names) + 1
+
+
+@pytest.mark.parametrize("reach", [0, 1, 3, None])
+def test_weights_in_use_move_alike_whatever_the_reach(reach):
+    torch.manual_seed(0)
+    model = VAE("mixed", (1, 28, 28), reach=reach)
+    layer = model.to_latent[1]
+    before = layer.weight.detach().clone()
+    layer.weight.grad = torch.randn(49, 49) * layer.near
+    Muon(groups(model), lr=0.01).step()
+    moved = (layer.weight.detach() - before)[layer.near.bool()] / 0.01
+    assert moved.square().mean().sqrt().item() == pytest.approx(0.8 * SIZE, rel=0.3)
+
+
+def test_large_matrices_are_left_to_adam():
+    model = VAE("dense", (1, 28, 28), latents=300)
+    assert [p.shape for p in model.parameters() if p.ndim == 2] == [(600, 1568), (1568, 300)]
+    assert all(p.ndim == 4 for p in groups(model)[0]["params"])
 
 
 def test_steps_are_those_of_momentum_whose_singular_values_are_made_alike():

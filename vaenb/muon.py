@@ -20,6 +20,8 @@ QUINTIC = (3.4445, -4.7750, 2.0315)  # takes singular values from a few thousand
 ITERATIONS = 5
 DAMPING = 1e-3  # of squared singular values, as a share of their sum: trains better than none, and lets rounding grow less
 
+LARGEST = 256  # shorter side of a matrix, beyond which making it orthogonal would take longer than the network does
+
 
 class Muon(torch.optim.Adam):
     """Adam, and orthogonalised momentum for the parameters of groups with ``matrices: True``, as ``groups`` makes them.
@@ -50,23 +52,28 @@ class Muon(torch.optim.Adam):
                 state |= {"step": torch.zeros(()), "momentum": torch.zeros_like(weight)}
             state["step"] += 1
             matrix = gradient.lerp(state["momentum"].lerp_(gradient, 1 - MOMENTUM), MOMENTUM).flatten(1)
-            step = orthogonalised(matrix) * (SIZE * max(matrix.shape) ** 0.5)
+            step = orthogonalised(matrix) * (SIZE * (max(matrix.shape) * group.get("share", 1.0)) ** 0.5)
             weight.sub_(step.view(weight.shape), alpha=group["lr"])
 
 
 def groups(model: nn.Module, *others: nn.Module) -> list[dict[str, Any]]:
-    """For ``Muon``: the weights of a model that mix channels are matrices; the rest, and all of others, are Adam's.
+    """For ``Muon``: weights of a model that mix channels or positions are matrices; the rest, and all of others, are Adam's.
 
-    A convolution is the matrix (channels out, channels in × taps); one with a single channel in mixes none. Weights across
-    positions are Adam's: where they have a reach, most entries of the matrix stand for nothing.
+    A convolution is the matrix (channels out, channels in × taps); one with a single channel in mixes none. Layers for
+    hundreds of latents are Adam's, too: they are too large. Of weights across positions with a reach only a share is in use.
     """
-    across = {id(layer.weight) for layer in model.modules() if isinstance(layer, AcrossPositions)}
-    parameters = list(model.parameters())
-    matrices = [p for p in parameters if p.ndim >= 2 and p.shape[1] > 1 and id(p) not in across]
+    matrices = [p for p in model.parameters() if p.ndim >= 2 and p.shape[1] > 1 and min(p.flatten(1).shape) <= LARGEST]
+    limited = {
+        id(layer.weight): layer
+        for layer in model.modules()
+        if isinstance(layer, AcrossPositions) and layer.reach is not None
+    }
     chosen = set(map(id, matrices))
-    rest = [p for p in parameters if id(p) not in chosen]
-    rest += [p for other in others for p in other.parameters()]
-    return [{"params": matrices, "matrices": True}, {"params": rest}]
+    rest = [p for module in (model, *others) for p in module.parameters() if id(p) not in chosen]
+    shares = [
+        {"share": limited[id(p)].near.mean().item(), "params": [p], "matrices": True} for p in matrices if id(p) in limited
+    ]
+    return [{"params": [p for p in matrices if id(p) not in limited], "matrices": True}, *shares, {"params": rest}]
 
 
 def orthogonalised(matrix: Tensor) -> Tensor:
