@@ -165,6 +165,16 @@ def test_a_damaged_bundle_is_never_used(trained, tmp_path):
             bundle.load(folder)
 
 
+def test_a_bundle_of_another_format_is_refused_rather_than_decoded_to_scrambled_pictures(trained, tmp_path):
+    for path in trained.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    about = json.loads((tmp_path / "bundle.json").read_text())
+    del about["format"]  # the first format named none
+    (tmp_path / "bundle.json").write_text(json.dumps(about))
+    with pytest.raises(bundle.BundleError, match="has format 1, this version of vaenb reads 2: train the model again"):
+        bundle.load(tmp_path)
+
+
 def test_the_bundle_is_what_was_trained(trained, build, monkeypatch):
     loaded = bundle.load(trained)
     about = Config(**loaded.about["config"])

@@ -19,7 +19,6 @@ SIZE = 0.4  # root mean square over the entries of a step, about, in units of th
 QUINTIC = (3.4445, -4.7750, 2.0315)  # takes singular values from a few thousandths to 1 to about one (Jordan et al. 2024)
 ITERATIONS = 5
 DAMPING = 1e-3  # of squared singular values, as a share of their sum: trains better than none, and lets rounding grow less
-
 LARGEST = 256  # shorter side of a matrix, beyond which making it orthogonal would take longer than the network does
 
 
