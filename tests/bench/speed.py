@@ -30,7 +30,8 @@ IMAGES = (4_800, 9_600, 19_200, 38_400)
 SIDES = (256, 512, 1024, 2048, 4096)
 SAMPLES = (1_000, 3_000, 10_000, 30_000)
 PRIORS = ("per position", "mixture", "flow matching", "spline flow", "autoregressive")
-TARGETS = {"FC-VAE, 20": (105.0, {"arm": "dense", "latents": 20}), "FCNN-VAE, 7×7": (115.2, {})}  # nats; two epochs + 1
+# Nats: for the FC-VAE as it was set, for the map where two epochs leave it (114.0), and one more.
+TARGETS = {"FC-VAE, 20": (105.0, {"arm": "dense", "latents": 20}), "FCNN-VAE, 7×7": (115.0, {})}
 LONGEST = 2  # epochs
 
 

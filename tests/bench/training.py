@@ -38,7 +38,7 @@ def ours(config: Config, images: data.ImageSet) -> float:
 
 
 def dataloader(config: Config, images: data.ImageSet) -> float:
-    """Seconds of one epoch of the same network in the loop that tutorials show."""
+    """Seconds of one epoch of the same network and optimiser in the loop that tutorials show."""
     with tempfile.TemporaryDirectory() as root:
         dataset = datasets.MNIST.__new__(datasets.MNIST)  # its way to an image (PIL, ToTensor), without its files
         dataset.data, dataset.targets = images.train[:, 0], images.train_labels
