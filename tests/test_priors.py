@@ -164,6 +164,23 @@ def test_gaussians_and_mixtures_have_the_densities_of_torch():
     assert torch.allclose(mixture.log_prob(z), expected, atol=1e-3)
 
 
+def test_a_tempered_mixture_is_a_density_with_covariances_that_many_times_as_large():
+    mixture, z = fitted("mixture"), moons()
+    cold = mixture.tempered(0.5)
+    precision = (mixture.whitening @ mixture.whitening.mT) / 0.5**2
+    components = MultivariateNormal(mixture.means, precision_matrix=precision)
+    expected = MixtureSameFamily(Categorical(logits=mixture.log_weights), components).log_prob(z.flatten(1))
+    assert torch.allclose(cold.log_prob(z), expected, atol=1e-3)
+    for unchanged in (mixture.tempered(1.0), cold.tempered(2.0)):
+        assert torch.equal(unchanged.sample(50, seed=3), mixture.sample(50, seed=3))
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_temperature_that_is_none_is_refused(temperature):
+    with pytest.raises(ValueError, match="expected a positive number"):
+        fitted("mixture").tempered(temperature)
+
+
 def network(kind: type, **options: int) -> Prior:
     """An untrained convolutional prior on a 7×7 map in double precision, with weights that make everything matter."""
     torch.manual_seed(0)

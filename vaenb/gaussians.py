@@ -1,7 +1,9 @@
 """Gaussian priors: for each position alone, for all latents together, and mixtures of these."""
 
+import copy
 import math
 from collections.abc import Callable, Sequence
+from typing import Self
 
 import torch
 from sklearn.cluster import MiniBatchKMeans
@@ -85,6 +87,21 @@ class Mixture(Prior):
             for _ in range(sweeps):
                 self._maximise(z.flatten(1), lambda chunk: self._log_joint(chunk).softmax(dim=1))
                 progress.step()
+
+    @torch.no_grad()
+    def tempered(self, temperature: float) -> Self:
+        """The same mixture with covariances ``temperature``² times as large, a density like any other.
+
+        Below 1 it keeps to where the components are densest, as samplers of flows and VAEs do (Kingma & Dhariwal 2018).
+
+        Raises:
+            ValueError: a temperature that is not positive and finite.
+        """
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"temperature {temperature}: expected a positive number, 1 to leave the mixture as it is")
+        tempered = copy.deepcopy(self)
+        tempered.whitening.div_(temperature)
+        return tempered
 
     @torch.no_grad()
     def _maximise(self, flat: Tensor, responsibilities: Callable[[Tensor], Tensor], chunk: int = 5000) -> None:

@@ -48,11 +48,15 @@ def bounds(repaired: Repaired, k: int = 100, subset: int = 500) -> dict[str, flo
     return likelihood.bounds(repaired.run.model, repaired.run.images, k, subset, repaired.prior)
 
 
-def prior_quality(repaired: Repaired) -> dict[str, Any]:
-    """Pictures from the fitted prior against data and against reconstructions: ``against`` of them, and ``seconds``."""
+def prior_quality(repaired: Repaired, temperature: float = 1.0) -> dict[str, Any]:
+    """Pictures from the fitted prior against data and against reconstructions: ``against`` of them, and ``seconds``.
+
+    Mixtures may be sampled at another ``temperature``, see ``Mixture.tempered``.
+    """
     run = repaired.run
+    prior = repaired.prior if temperature == 1 else repaired.prior.tempered(temperature)
     started = time.perf_counter()
-    z = repaired.prior.sample(len(halves(run.images)[1]), seed=HELD_OUT)
+    z = prior.sample(len(halves(run.images)[1]), seed=HELD_OUT)
     seconds = time.perf_counter() - started
     return {**against(run, z), "seconds": seconds}
 

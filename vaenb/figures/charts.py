@@ -75,13 +75,13 @@ def draw_matrices(figure: FigureBase, panels: Mapping[str, Matrix]) -> None:
 
 
 def draw_curves(axes: Axes, lines: Mapping[str, Curve], legend: str = "best") -> None:
-    """Curves with their points, on axes; name in the legend, which is at that place -> curve."""
+    """Curves with their points, on axes; name in the legend, which is at that place -> curve. "": without one."""
     for name, curve in lines.items():
         for x, values in zip(curve.x, curve.seeds, strict=True):
             axes.plot([x] * len(values), values, "o", color=curve.colour, alpha=0.45, markersize=3.5)
         means = [np.mean(values) for values in curve.seeds]
         axes.plot(curve.x, means, curve.line, color=curve.colour, linewidth=2, label=name)
-    if len(lines) > 1:
+    if len(lines) > 1 and legend:
         axes.legend(fontsize=8, loc=legend)
 
 
@@ -104,12 +104,12 @@ def curves(
         height: inches.
         marks: panel -> (x, colour, text) of vertical lines.
         axes_options: panel -> what ``Axes.set`` takes besides.
-        legend: its place.
+        legend: its place in every panel; one that begins with "outside" is outside of them, for all.
         symlog: the vertical axis is linear up to this value and logarithmic beyond.
     """
     with styled(height, title) as figure:
         for axes, panel, lines in side_by_side(figure, panels):
-            draw_curves(axes, lines, legend)
+            draw_curves(axes, lines, "" if legend.startswith("outside") else legend)
             for x, colour, text in (marks or {}).get(panel, ()):
                 axes.axvline(x, color=colour, linewidth=1.2, linestyle=":")
                 axes.annotate(
@@ -120,4 +120,6 @@ def curves(
             if symlog:
                 axes.set_yscale("symlog", linthresh=symlog)
             axes.set(**(axes_options or {}).get(panel, {}))
+        if legend.startswith("outside"):
+            figure.legend(*axes.get_legend_handles_labels(), loc=legend, fontsize=8)
     return figure
