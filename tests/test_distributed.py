@@ -19,8 +19,8 @@ from vaenb.config import Config, ConfigError
 from vaenb.muon import Muon, groups
 from vaenb.train import fit
 
-# 1,597 images: the last batch has 61, an odd number. Orthogonal steps are as long however small the gradient is, which lets
-# rounding grow: see the test at the default learning rate.
+# 1,597 images: the last batch has 61, an odd number. At this size the default learning rate is rough on the FC-VAE, and lets
+# rounding grow; maps are trained at that rate below.
 TINY = Config("digits", "dense", latents=8, epochs=3, learning_rate=5e-4)
 SCRIPT = """
 import datetime, os, sys
@@ -112,9 +112,8 @@ def interrupt(config, monkeypatch):
 def test_two_processes_train_the_curve_of_one_from_nothing_and_from_its_checkpoint(tmp_path, monkeypatch):
     resumed = dataclasses.replace(TINY, seed=1, batch_size=84)  # the last batch has one image, for two processes
     tiny_batch = dataclasses.replace(TINY, batch_size=1)
-    default = dataclasses.replace(TINY, seed=2, learning_rate=Config.learning_rate)
-    alone = [fit(TINY), fit(resumed)]
-    bound = fit(default).bound["negative_elbo"]
+    default = Config("digits", epochs=3, seed=2)
+    alone = [fit(TINY), fit(resumed), fit(default)]
     assert not torch.distributed.is_initialized()
     monkeypatch.setenv("VAENB_BUILD", str(tmp_path / "together"))
     interrupt(resumed, monkeypatch)
@@ -127,8 +126,7 @@ def test_two_processes_train_the_curve_of_one_from_nothing_and_from_its_checkpoi
     assert output.count("epoch 2/3") == 3
     found = [path for path in (tmp_path / "together" / "runs").iterdir() if not path.name.startswith(".")]
     assert len(found) == 3
-    assert fit(default).bound["negative_elbo"] == pytest.approx(bound, rel=1e-4)  # 2e-5 was measured
-    for run, expected in zip([fit(TINY), fit(resumed)], alone, strict=True):
+    for run, expected in zip([fit(TINY), fit(resumed), fit(default)], alone, strict=True):
         assert run.folder in found
         assert runs.read(run.folder)["summary"]["processes"] == 2
         check_same(run, expected)
