@@ -176,7 +176,7 @@ def test_a_tempered_mixture_is_a_density_with_covariances_that_many_times_as_lar
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan"), float("inf")])
-def test_a_temperature_that_is_none_is_refused(temperature):
+def test_a_temperature_that_is_not_positive_and_finite_is_refused(temperature):
     with pytest.raises(ValueError, match="expected a positive number"):
         fitted("mixture").tempered(temperature)
 

@@ -137,7 +137,7 @@ def test_numbers_of_priors_in_the_readme_are_those_of_the_committed_figures():
         "per position": ("a Gaussian for each position", None),
         "full Gaussian": ("one Gaussian for all latents", None),
         "mixture": ("mixture of 150 Gaussians", "mixture"),
-        "jointly trained": ("the mixture, trained jointly", "jointly"),
+        "jointly trained": ("the mixture, trained jointly (one seed)", "jointly"),
         "deep": ("the same in the deep model", "deep, jointly"),
     }
     for rung, (name, bound) in rows.items():
@@ -152,6 +152,14 @@ def test_numbers_of_priors_in_the_readme_are_those_of_the_committed_figures():
         table = ladder[limit]
         cells = [_mean_and_deviation(table[column]) for column in ("to_reconstructions", "frechet")]
         assert f"({name}) | | {' | '.join(cells)} | {mean(table['coverage']):.2f} | |" in readme
+    cold = json.loads((ROOT / "figures" / "mnist" / "prior_temperature.json").read_text())["numbers"]
+    nearest = {name: min((at for t, at in ladder.items() if t != "reconstructions"), key=lambda at: mean(at["frechet"]))
+               for name, ladder in cold.items()}
+    cells = [_mean_and_deviation(cold["FCNN-VAE, deep"]["0.85"][c]) for c in ("to_reconstructions", "frechet")]
+    assert f"| … drawn at temperature 0.85 | | {' | '.join(cells)} |" in readme
+    deep, fc, trunks = (nearest[name]["frechet"] for name in ("FCNN-VAE, deep", "FC-VAE", "FC-VAE, same trunks"))
+    assert f"({_mean_and_deviation(deep)} in three seeds, {fc[0]:.1f} in one" in readme
+    assert f"one with its trunks ({trunks[0]:.1f}," in readme
     for model in ("FC-VAE, 20, jointly", "FC-VAE, 20, deep, jointly"):
         assert f"({mean(likelihood[model]['negative_log_likelihood']):.1f}" in readme
 

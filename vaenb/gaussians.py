@@ -92,7 +92,7 @@ class Mixture(Prior):
     def tempered(self, temperature: float) -> Self:
         """The same mixture with covariances ``temperature``² times as large, a density like any other.
 
-        Below 1 it keeps to where the components are densest, as samplers of flows and VAEs do (Kingma & Dhariwal 2018).
+        Below 1 it keeps to where the components are densest, as samplers of flows do (Kingma & Dhariwal 2018).
 
         Raises:
             ValueError: a temperature that is not positive and finite.

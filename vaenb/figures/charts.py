@@ -33,19 +33,21 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Curve:
-    """A line through means, with a point for each seed.
+    """A line through means, with a point for each seed, or without points.
 
     Attributes:
         x: (n,), positions.
         seeds: (n,) sequences of one value per seed.
         colour: of line and points.
         line: style.
+        points: whether the values of seeds are drawn.
     """
 
     x: Sequence[float]
     seeds: Sequence[Sequence[float]]
     colour: Any
-    line: str = "-"
+    line: Any = "-"
+    points: bool = True
 
 
 def matrices(panels: Mapping[str, Matrix], title: str, height: float = 3.4) -> Figure:
@@ -75,12 +77,12 @@ def draw_matrices(figure: FigureBase, panels: Mapping[str, Matrix]) -> None:
 
 
 def draw_curves(axes: Axes, lines: Mapping[str, Curve], legend: str = "best") -> None:
-    """Curves with their points, on axes; name in the legend, which is at that place -> curve. "": without one."""
+    """Curves with their points, on axes; name in the legend -> curve. ``legend``: its place, "" for none."""
     for name, curve in lines.items():
-        for x, values in zip(curve.x, curve.seeds, strict=True):
+        for x, values in zip(curve.x, curve.seeds if curve.points else [[]] * len(curve.x), strict=True):
             axes.plot([x] * len(values), values, "o", color=curve.colour, alpha=0.45, markersize=3.5)
         means = [np.mean(values) for values in curve.seeds]
-        axes.plot(curve.x, means, curve.line, color=curve.colour, linewidth=2, label=name)
+        axes.plot(curve.x, means, linestyle=curve.line, color=curve.colour, linewidth=2, label=name)
     if len(lines) > 1 and legend:
         axes.legend(fontsize=8, loc=legend)
 
@@ -121,5 +123,6 @@ def curves(
                 axes.set_yscale("symlog", linthresh=symlog)
             axes.set(**(axes_options or {}).get(panel, {}))
         if legend.startswith("outside"):
-            figure.legend(*axes.get_legend_handles_labels(), loc=legend, fontsize=8)
+            entries = {name: line for axes in figure.axes for line, name in zip(*axes.get_legend_handles_labels(), strict=True)}
+            figure.legend(entries.values(), entries.keys(), loc=legend, fontsize=8)
     return figure
