@@ -153,8 +153,10 @@ def test_numbers_of_priors_in_the_readme_are_those_of_the_committed_figures():
         cells = [_mean_and_deviation(table[column]) for column in ("to_reconstructions", "frechet")]
         assert f"({name}) | | {' | '.join(cells)} | {mean(table['coverage']):.2f} | |" in readme
     cold = json.loads((ROOT / "figures" / "mnist" / "prior_temperature.json").read_text())["numbers"]
-    nearest = {name: min((at for t, at in ladder.items() if t != "reconstructions"), key=lambda at: mean(at["frechet"]))
-               for name, ladder in cold.items()}
+    nearest = {
+        name: min((at for t, at in ladder.items() if t != "reconstructions"), key=lambda at: mean(at["frechet"]))
+        for name, ladder in cold.items()
+    }
     cells = [_mean_and_deviation(cold["FCNN-VAE, deep"]["0.85"][c]) for c in ("to_reconstructions", "frechet")]
     assert f"| … drawn at temperature 0.85 | | {' | '.join(cells)} |" in readme
     deep, fc, trunks = (nearest[name]["frechet"] for name in ("FCNN-VAE, deep", "FC-VAE", "FC-VAE, same trunks"))

@@ -96,8 +96,8 @@ def fit(config: Config, wait: bool = True) -> Run:
 
     It trains on a GPU if there is one, else on one CPU thread: two runs side by side on two cores beat one run on both,
     and the number of threads is part of what makes a run repeat bit for bit. In a script that ``torchrun`` or ``fabric run``
-    started in several processes, on one machine or many, they train each run together, to the same curve up to rounding, which grows where training is rough.
-    ``batch_size`` is that of all of them together.
+    started in several processes, on one machine or many, they train each run together, to the same curve up to rounding,
+    which grows where training is rough. ``batch_size`` is that of all of them together.
 
     Args:
         config: what to train.

@@ -123,6 +123,8 @@ def curves(
                 axes.set_yscale("symlog", linthresh=symlog)
             axes.set(**(axes_options or {}).get(panel, {}))
         if legend.startswith("outside"):
-            entries = {name: line for axes in figure.axes for line, name in zip(*axes.get_legend_handles_labels(), strict=True)}
+            entries = {
+                name: line for axes in figure.axes for line, name in zip(*axes.get_legend_handles_labels(), strict=True)
+            }
             figure.legend(entries.values(), entries.keys(), loc=legend, fontsize=8)
     return figure
