@@ -85,6 +85,11 @@ def test_experiments_say_beforehand_what_could_fail(experiment):
     assert "Predictions that could fail" in experiment.cells[0].source
 
 
+def test_experiments_say_how_long_they_take(experiment):
+    stated = r"\*Time on one core: alone, on digits, \d+ minutes?; in `make figures` on MNIST, .*\d+ minutes?.*\.\*$"
+    assert re.search(stated, experiment.cells[0].source)
+
+
 def test_pictures_have_alt_text(experiment):
     pictures = [out for cell in code(experiment) for out in cell.outputs if "image/png" in out.get("data", {})]
     assert pictures
