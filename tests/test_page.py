@@ -133,7 +133,7 @@ def test_in_a_browser(chromium, file, size, scheme):
 def test_a_link_to_an_appendix_unfolds_it(chromium, file):
     tab, said = opened(chromium, file, DESKTOP)
     tab.locator("main a[href='#04_cause']").first.click()
-    assert tab.locator("details#\\30 4_cause[open]").count() == 1
+    tab.locator("details#\\30 4_cause[open]").wait_for()  # the page unfolds it in an event after the click
     assert said == []
     tab.close()
 
