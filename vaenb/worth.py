@@ -15,6 +15,7 @@ from torch import Tensor
 from vaenb import dependence, likelihood
 from vaenb.classifier import classifier, extract
 from vaenb.flows import FlowMatching
+from vaenb.gaussians import Mixture
 from vaenb.ladder import Repaired
 from vaenb.priors import StandardNormal
 from vaenb.quality import compare, connected_components, frechet_distance
@@ -51,10 +52,18 @@ def bounds(repaired: Repaired, k: int = 100, subset: int = 500) -> dict[str, flo
 def prior_quality(repaired: Repaired, temperature: float = 1.0) -> dict[str, Any]:
     """Pictures from the fitted prior against data and against reconstructions: ``against`` of them, and ``seconds``.
 
-    Mixtures may be sampled at another ``temperature``, see ``Mixture.tempered``.
+    Args:
+        repaired: a VAE and its prior.
+        temperature: of mixtures, see ``Mixture.tempered``; other priors have none but 1.
+
+    Raises:
+        ValueError: another temperature for a prior that is no mixture.
     """
-    run = repaired.run
-    prior = repaired.prior if temperature == 1 else repaired.prior.tempered(temperature)
+    run, prior = repaired.run, repaired.prior
+    if temperature != 1:
+        if not isinstance(prior, Mixture):
+            raise ValueError(f"temperature {temperature} of {repaired.rung!r}: only mixtures have one, choose 1 for others")
+        prior = prior.tempered(temperature)
     started = time.perf_counter()
     z = prior.sample(len(halves(run.images)[1]), seed=HELD_OUT)
     seconds = time.perf_counter() - started

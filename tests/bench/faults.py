@@ -37,7 +37,8 @@ seeds: 2
 04_cause: {map_epochs: 1}
 05_locality: {short_epochs: 1, map_epochs: 1, learning_rates: [0.008]}
 06_controls: {texture_epochs: 1, lengths: [4, 8]}
-07_priors: {map_epochs: 1, deep_epochs: 1, joint_epochs: 1, count: 3200}
+07_priors: {map_epochs: 1, count: 3200}
+07_trained_jointly: {deep_epochs: 1, joint_epochs: 1, count: 3200}
 08_any_size: {epochs: 1, sides: [64, 128]}
 """
 FIGURES = 30  # at least so many files are made
