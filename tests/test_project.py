@@ -133,42 +133,40 @@ def test_frechet_distances_in_the_readme_are_those_of_the_committed_figures():
 
 def test_numbers_of_priors_in_the_readme_are_those_of_the_committed_figures():
     readme = (ROOT / "README.md").read_text()
-    ladder, likelihood = (
-        json.loads((ROOT / "figures" / "mnist" / f"prior_{name}.json").read_text())["numbers"]
-        for name in ("ladder", "likelihood")
+    ladder, joint, likelihood, cold = (
+        json.loads((ROOT / "figures" / "mnist" / f"{name}.json").read_text())["numbers"]
+        for name in ("prior_ladder", "joint_samples", "prior_likelihood", "prior_temperature")
     )
+    narrow, deep = "FCNN-VAE, 7×7", "FCNN-VAE, 7×7, deep"
     rows = {
-        "N(0, I)": ("N(0, I)", "N(0, I)"),
+        "N(0, I)": ("N(0, I)", f"{narrow}, N(0, I)"),
         "per position": ("a Gaussian for each position", None),
         "full Gaussian": ("one Gaussian for all latents", None),
-        "mixture": ("mixture of 150 Gaussians", "mixture"),
-        "jointly trained": ("the mixture, trained jointly (one seed)", "jointly"),
-        "deep": ("the same in the deep model", "deep, jointly"),
+        "mixture": ("mixture of 150 Gaussians", f"{narrow}, mixture"),
+        narrow: ("the mixture, trained jointly", f"{narrow}, jointly"),
+        deep: ("the same in the deep model", f"{deep}, jointly"),
     }
-    for rung, (name, bound) in rows.items():
-        table = ladder["deep"]["jointly trained"] if rung == "deep" else ladder["statistics"][rung]
-        nll = likelihood[f"FCNN-VAE, 7×7, {bound}"]["negative_log_likelihood"] if bound else None
-        gains = ladder["gains"][rung] if "joint" not in name and rung != "deep" else None
-        numbers = [gains, table["to_reconstructions"], table["frechet"]]
+    for row, (name, bound) in rows.items():
+        table = joint["after"][row] if row in joint["after"] else ladder["statistics"][row]
+        nll = likelihood[bound]["negative_log_likelihood"] if bound else None
+        numbers = [ladder["gains"].get(row), table["to_reconstructions"], table["frechet"]]
         cells = ["" if values is None else _mean_and_deviation(values) for values in (*numbers, nll)]
         cells.insert(3, f"{mean(table['coverage']):.2f}")
         assert re.sub(" +", " ", f"| {name} | {' | '.join(cells)} |") in readme
-    for limit, name in (("limits", "frozen"), ("deep_limits", "deep, jointly")):
-        table = ladder[limit]
+    for table, name in ((ladder["limits"], "frozen"), (joint["reconstructions"][deep], "deep, jointly")):
         cells = [_mean_and_deviation(table[column]) for column in ("to_reconstructions", "frechet")]
         assert f"({name}) | | {' | '.join(cells)} | {mean(table['coverage']):.2f} | |" in readme
-    cold = json.loads((ROOT / "figures" / "mnist" / "prior_temperature.json").read_text())["numbers"]
     nearest = {
         name: min((at for t, at in ladder.items() if t != "reconstructions"), key=lambda at: mean(at["frechet"]))
         for name, ladder in cold.items()
     }
     cells = [_mean_and_deviation(cold["FCNN-VAE, deep"]["0.85"][c]) for c in ("to_reconstructions", "frechet")]
     assert f"| … drawn at temperature 0.85 | | {' | '.join(cells)} |" in readme
-    deep, fc, trunks = (nearest[name]["frechet"] for name in ("FCNN-VAE, deep", "FC-VAE", "FC-VAE, same trunks"))
-    assert f"({_mean_and_deviation(deep)} in three seeds, {fc[0]:.1f} in one" in readme
+    best, fc, trunks = (nearest[name]["frechet"] for name in ("FCNN-VAE, deep", "FC-VAE", "FC-VAE, same trunks"))
+    assert f"({_mean_and_deviation(best)} against {_mean_and_deviation(fc)}," in readme
     assert f"one with its trunks ({trunks[0]:.1f}," in readme
     for model in ("FC-VAE, 20, jointly", "FC-VAE, 20, deep, jointly"):
-        assert f"({mean(likelihood[model]['negative_log_likelihood']):.1f}" in readme
+        assert f"({_mean_and_deviation(likelihood[model]['negative_log_likelihood'])}" in readme
 
 
 def test_numbers_of_land_in_the_readme_are_those_of_the_committed_figures():

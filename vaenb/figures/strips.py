@@ -20,7 +20,7 @@ def strips(
     lines: int = 1,
     form: Mapping[str, str] | None = None,
 ) -> Figure:
-    """A row per condition: its name, a strip of pictures, and for each quantity a point per seed with the mean in print.
+    """A row per condition: its name, a strip of pictures, and for each quantity a point per seed, mean ± s.d. in print.
 
     Args:
         pictures: row -> uint8, (n, H, W), shown in ``lines`` lines.
@@ -28,7 +28,7 @@ def strips(
         colours: of each row.
         title: of the figure.
         lines: of pictures in each row.
-        form: quantity -> format of the printed mean, ``{:.0f}`` by default; a percent format goes for the axis as well.
+        form: quantity -> format of what is printed, ``{:.0f}`` by default; a percent format goes for the axis as well.
     """
     form = form or {}
     columns = -(-len(next(iter(pictures.values()))) // lines)
@@ -58,10 +58,15 @@ def strips(
                 if len(values := rows.get(row, [])):
                     axes.plot(values, [0] * len(values), "o", color=colours[row], alpha=0.55, markersize=5)
                     axes.plot([np.mean(values)] * 2, [-0.6, 0.6], color=colours[row], linewidth=2.5)
-                    axes.annotate(
-                        pattern.format(np.mean(values)).replace("-", "−"), (max(values), 0), xytext=(7, 0), va="center",
-                        fontsize=8.5, textcoords="offset points",
-                    )  # fmt: skip
+                    printed = [(pattern.format(np.mean(values)).replace("-", "−"), 8.5, "black")]
+                    if len(values) > 1:
+                        printed += [("± " + pattern.format(np.std(values, ddof=1)), 7, "0.35")]
+                    for line, (text, size, colour) in enumerate(printed):
+                        offset = (7, 5 * (len(printed) - 1) - 10 * line)
+                        axes.annotate(
+                            text, (max(values), 0), xytext=offset, va="center", fontsize=size, color=colour,
+                            textcoords="offset points",
+                        )  # fmt: skip
     return figure
 
 

@@ -25,15 +25,15 @@ def gallery(pictures: Mapping[str, np.ndarray], columns: int, title: str) -> Fig
 def seed_points(
     panels: Mapping[str, Mapping[str, Sequence[float]]], colours: Mapping[str, Any], title: str, unit: str = "nats per image"
 ) -> Figure:
-    """One panel per quantity, one row per arm: a point per seed, the mean as a bar, its value in print."""
+    """One panel per quantity, one row per arm: a point per seed, the mean as a bar, mean ± standard deviation in print."""
     with styled(1.2 + 0.42 * len(next(iter(panels.values()))), title) as figure:
         for index, (axes, quantity, rows) in enumerate(side_by_side(figure, panels)):
             for position, (row, values) in enumerate(rows.items()):
                 axes.plot(values, [position] * len(values), "o", color=colours[row], alpha=0.55, markersize=5)
                 axes.plot([np.mean(values)] * 2, [position - 0.3, position + 0.3], color=colours[row], linewidth=2.5)
-                axes.annotate(
-                    f"{np.mean(values):.1f}", (np.mean(values), position - 0.32), ha="center", va="bottom", fontsize=8.5
-                )
+                spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
+                text = f"{np.mean(values):.1f}{spread}"
+                axes.annotate(text, (np.mean(values), position - 0.32), ha="center", va="bottom", fontsize=8.5)
             axes.set(ylim=(len(rows) - 0.5, -0.75), xlabel=unit, title=quantity)
             axes.set_yticks(range(len(rows)), list(rows) if index == 0 else [""] * len(rows))
             axes.margins(x=0.18)
