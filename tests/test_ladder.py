@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from vaenb import data, joint, ladder, likelihood, worth
+from vaenb import data, dependence, joint, ladder, likelihood, worth
 from vaenb.config import Config
 from vaenb.gaussians import FullGaussian
 from vaenb.models import VAE
@@ -90,6 +90,28 @@ def test_joint_training_raises_the_bound_that_encoder_decoder_and_prior_share(ru
     weights = [torch.cat([p.flatten() for p in r.run.model.parameters()]) for r in (before, after)]
     assert not torch.equal(*weights)
     assert torch.equal(weights[0], torch.cat([p.flatten() for p in fit(run.config).model.parameters()]))
+
+
+def test_after_joint_training_a_mixture_is_fitted_anew_to_latents_of_the_model_as_it_is_now(run):
+    tuned = ladder.tune(ladder.repair(run, "mixture", COUNT), epochs=1)
+    assert tuned.rung in ladder.FINAL
+    again = ladder.build(tuned.rung, tuned.run.model, COUNT)
+    again.fit(ladder._draws(tuned.run.model, run.images.train, COUNT, ladder.EACH), seed=run.config.seed)
+    assert torch.equal(again.means, tuned.prior.means)
+    assert ladder.tune(ladder.repair(run, "N(0, I)", COUNT), epochs=1).rung == "N(0, I)"
+
+
+def test_draws_are_as_many_of_each_posterior_as_one_asks_for(run):
+    images = run.images.train[:100]
+    z = ladder._draws(run.model, images, count=200, each=3)
+    assert z.shape == (600, *run.model.latent_shape)
+    assert len(torch.unique(z, dim=0)) == 600
+    many = dependence.aggregate(run.model, images[:2], seed=1, each=2000).view(2000, 2, -1)
+    assert torch.equal(many[0], dependence.aggregate(run.model, images[:2], seed=1).flatten(1))
+    pixels, _ = dependence.noise_sources(1)
+    q = run.model.encode(run.model.observed(images[:2], torch.rand(2, *run.images.image_shape, generator=pixels)))
+    assert torch.allclose(many.mean(dim=0), q.mean.flatten(1), atol=0.15)
+    assert torch.allclose(many.std(dim=0), q.stddev.flatten(1), rtol=0.1)
 
 
 def test_other_priors_can_be_fitted_to_a_jointly_trained_model(run):

@@ -302,6 +302,16 @@ def test_a_sweep_of_expectation_maximisation_never_loses_likelihood():
     assert likelihoods[-1] > likelihoods[0] + 0.01
 
 
+def test_responsibilities_are_the_shares_of_components_in_the_density():
+    mixture = new("mixture").fit(moons()).double()
+    mixture.log_weights.data += 3  # only their differences count
+    flat = moons().flatten(1).double()
+    exact = mixture._log_joint(flat).softmax(dim=1)
+    assert torch.allclose(mixture._responsibilities()(flat), exact, atol=1e-9)
+    assert torch.allclose(mixture.float()._responsibilities()(flat.float()), exact.float(), atol=1e-3)
+    assert (exact.max(dim=1).values < 0.99).any()
+
+
 def test_flipping_the_sign_of_a_whitening_changes_no_density():
     # Gradients may carry a diagonal entry through zero: U and −U have the same covariance.
     mixture, z = new("mixture").fit(moons()), moons()[:100]

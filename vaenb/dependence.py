@@ -16,20 +16,22 @@ class SampleSizeError(ValueError):
 
 
 @torch.no_grad()
-def aggregate(model: VAE, images: Tensor, seed: int = 0) -> Tensor:
-    """Draws from the aggregate posterior q(z) = E_data q(z|x): one for each image, (N, *latent shape), on the CPU.
+def aggregate(model: VAE, images: Tensor, seed: int = 0, each: int = 1) -> Tensor:
+    """Draws from the aggregate posterior q(z) = E_data q(z|x): (each · N, *latent shape), on the CPU.
 
     Args:
         images: uint8, (N, C, H, W); shown to the model once each, see ``pixels.observed``.
         seed: of what the model is shown and of latent noise.
+        each: draws from each q(z|x): one of all images after the other.
     """
     device = next(model.parameters()).device
     pixels, noise = noise_sources(seed)
     draws = []
     for batch in images.split(BATCH):
         q = model.encode(model.observed(batch, torch.rand(batch.shape, generator=pixels)).to(device))
-        draws.append(reparametrise(q, torch.randn(q.mean.shape, generator=noise).to(device)).cpu())
-    return torch.cat(draws)
+        noises = (torch.randn(q.mean.shape, generator=noise).to(device) for _ in range(each))
+        draws.append(torch.stack([reparametrise(q, epsilon).cpu() for epsilon in noises]))
+    return torch.cat(draws, dim=1).flatten(0, 1)
 
 
 def permute(latents: Tensor, block: int = 1, seed: int = 0) -> Tensor:

