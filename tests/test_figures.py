@@ -144,7 +144,7 @@ def test_strips_put_each_number_in_the_row_of_its_pictures():
     figure = figures.strips(rows, values, dict.fromkeys(rows, "black"), "T", form={"nats": "{:.1f}"})
     names, printed = figure.axes[0::2], figure.axes[1::2]
     assert [axes.get_ylabel() for axes in names] == list(rows)
-    assert [[text.get_text() for text in axes.texts] for axes in printed] == [["1.5"], ["5.0"], []]
+    assert [[text.get_text() for text in axes.texts] for axes in printed] == [["1.5", "± 0.7"], ["5.0", "± 1.4"], []]
     figure.canvas.draw()
     for left, right in zip(names, printed, strict=True):
         (a, b), (c, d) = (np.array(axes.get_position())[:, 1] for axes in (left, right))

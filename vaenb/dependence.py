@@ -22,7 +22,7 @@ def aggregate(model: VAE, images: Tensor, seed: int = 0, each: int = 1) -> Tenso
     Args:
         images: uint8, (N, C, H, W); shown to the model once each, see ``pixels.observed``.
         seed: of what the model is shown and of latent noise.
-        each: draws from each q(z|x): one of all images after the other.
+        each: draws from each q(z|x); first one for every image, then the next for every image.
     """
     device = next(model.parameters()).device
     pixels, noise = noise_sources(seed)

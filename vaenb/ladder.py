@@ -46,14 +46,13 @@ RUNGS: dict[str, tuple[type[Prior], dict[str, Any]]] = {
 ANY_SIZE: dict[str, tuple[type[Prior], dict[str, Any]]] = {  # translation-equivariant, for maps of any size
     "stationary flow": (StationaryFlow, {"patch": 2}),
 }
-FINAL: dict[str, tuple[type[Prior], dict[str, Any]]] = {  # what replaces a mixture that was trained jointly, see ``tune``
-    "fine mixture": (Mixture, {"components": 300}),
-}
+FINE = "fine mixture"  # what replaces a mixture that was trained jointly, see ``tune``
+FINAL: dict[str, tuple[type[Prior], dict[str, Any]]] = {FINE: (Mixture, {"components": 300})}
 SIDE = 7  # positions of a map, along each axis, that convolutional priors work on: larger maps come in patches
 PART = 2_000  # images that are encoded at once
 COUNT = 90_000  # latents that a prior learns from: several draws of each image
 AT_A_POSITION = 8  # components of the autoregressive prior where a patch is one latent; fewer where it is more
-EACH = 4  # draws from each q(z|x) that a final mixture learns from
+EACH = 4  # times as many draws of z teach the fine mixture
 PER_COMPONENT = 6  # latents for each entry of the mean of a component of a mixture, at least
 
 
@@ -126,7 +125,7 @@ def repair(run: Run, rung: str, count: int = COUNT, wait: bool = True) -> Repair
 
     Args:
         run: the VAE.
-        rung: of ``RUNGS``.
+        rung: of ``RUNGS``, ``ANY_SIZE`` or ``FINAL``.
         count: latents to learn from: as many draws of each training image as it takes.
         wait: for another process that fits the same, rather than raise ``runs.Busy``.
     """
@@ -152,7 +151,7 @@ def tune(repaired: Repaired, epochs: int = 3, learning_rate: float = 8e-3, wait:
     """Encoder, decoder and prior trained on together from where they are; see ``joint.train_jointly``.
 
     The latents of a model that no longer moves deserve a better mixture than one that has followed them by gradients: in
-    place of one that was trained jointly comes the rung of ``FINAL``, fitted to ``EACH`` times as many draws.
+    place of one that was trained jointly comes ``FINE``, fitted to ``EACH`` times as many draws.
 
     Args:
         repaired: a VAE and a prior with a density to train through.
@@ -160,20 +159,20 @@ def tune(repaired: Repaired, epochs: int = 3, learning_rate: float = 8e-3, wait:
         wait: see ``repair``.
 
     Returns:
-        The prior on another run, whose latents other priors may in turn be fitted to.
+        The prior, for a mixture its replacement, on another run, whose latents other priors may in turn be fitted to.
 
     Raises:
         ValueError: see ``joint.train_jointly``.
     """
     run = repaired.run
-    rung = next(iter(FINAL)) if isinstance(repaired.prior, Mixture) else repaired.rung
+    rung = FINE if _kind(repaired.rung)[0] is Mixture else repaired.rung
 
     def train(folder: Path) -> dict[str, Any]:
         started = time.perf_counter()
         model, prior = copy.deepcopy(run.model), copy.deepcopy(repaired.prior)
         with one_thread():
             joint.train_jointly(model, prior, run.images.train, epochs, learning_rate, run.config.seed)
-            if rung in FINAL:
+            if rung == FINE:
                 prior = build(rung, model, repaired.count).to(prior.device_of.device)
                 prior.fit(_draws(model, run.images.train, repaired.count, EACH), seed=run.config.seed)
         _save(folder / "model.safetensors", model)
@@ -181,7 +180,8 @@ def tune(repaired: Repaired, epochs: int = 3, learning_rate: float = 8e-3, wait:
         return {"parameters": prior.parameter_count(), "seconds": time.perf_counter() - started}
 
     kind, options = _kind(rung)
-    spec = {"prior": repaired.folder.name, "final": options, "epochs": epochs, "learning_rate": learning_rate, **VERSIONS}
+    after = [kind.__name__, options]
+    spec = {"prior": repaired.folder.name, "after": after, "epochs": epochs, "learning_rate": learning_rate, **VERSIONS}
     code = [*runs.with_imports(inspect.getmodule(kind)), *runs.with_imports(joint), sys.modules[__name__]]
     entry = runs.entry(f"{run.config.label}-{_slug(repaired.rung)}-jointly", spec, _once(code), train, wait)
     return Repaired(Run(run.config, entry), rung, repaired.count, entry)

@@ -1,4 +1,4 @@
-"""What learned priors buy: the plots of ``07_priors``."""
+"""What learned priors buy: the plots of ``07_priors`` and ``07_trained_jointly``."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib import rcParams
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
@@ -58,7 +59,7 @@ def strips(
                 if len(values := rows.get(row, [])):
                     axes.plot(values, [0] * len(values), "o", color=colours[row], alpha=0.55, markersize=5)
                     axes.plot([np.mean(values)] * 2, [-0.6, 0.6], color=colours[row], linewidth=2.5)
-                    printed = [(pattern.format(np.mean(values)).replace("-", "−"), 8.5, "black")]
+                    printed = [(pattern.format(np.mean(values)).replace("-", "−"), 8.5, rcParams["text.color"])]
                     if len(values) > 1:
                         printed += [("± " + pattern.format(np.std(values, ddof=1)), 7, "0.35")]
                     for line, (text, size, colour) in enumerate(printed):
