@@ -42,9 +42,9 @@ figures: setup  ## train what is missing, execute the notebooks, make the figure
 	$(MAKE) --no-print-directory $(if $(findstring --jobserver,$(MAKEFLAGS)),,-j$(JOBS)) made PARAMS="$$params" && \
 	$(RUN) --params "$$params" --times
 
-# A short one first, for whoever waits for a picture; then the long ones, so that side by side they end together, and beside the
-# longest one that trains a map which it wants, too. Notebooks that want the same runs share them through the run store in any
-# order; only the comparison of the maps waits for theirs, so as not to compute them in one process.
+# A short one first, for whoever waits for a picture; then the long ones, so that side by side they end together. Notebooks that
+# want the same runs share them through the run store in any order; only the comparison of the maps waits for theirs, so as not to
+# compute them in one process.
 MAPS := 02_latent_maps-28 02_latent_maps-14 02_latent_maps-7
 BOOKS := 02_latent_maps-7 07_trained_jointly 02_latent_maps-28 07_priors 05_locality 08_any_size 01_symptom 02_latent_maps-14 06_controls 04_cause 03_bug_hunt 02_map_sizes
 WITH = $(if $(PARAMS),--params "$(PARAMS)",--dataset $(DATASET))

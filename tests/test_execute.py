@@ -98,6 +98,16 @@ def test_a_figure_that_is_no_longer_made_does_not_stay(project):
     assert (project / "figures/digits/renamed_1.png").exists()
 
 
+def test_a_figure_that_another_notebook_makes_now_stays(project):
+    run()
+    write_notebook(project, WRITES.replace("figure_{n}", "renamed_{n}"))
+    write_notebook(project, WRITES.replace("00_demo_{n}", "00_other"), name="00_other")
+    main(["00_other", "--dataset", "digits"])
+    run()
+    assert (project / "figures/digits/figure_1.png").exists()
+    assert (project / "figures/digits/renamed_1.png").exists()
+
+
 def test_a_failing_notebook_is_kept_makes_no_figure_and_is_tried_again(project, build):
     write_notebook(project, WRITES + "raise RuntimeError('the reason')")
     message = fails()

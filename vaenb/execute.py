@@ -140,7 +140,9 @@ def execute(notebook: str, path: Path, overrides: Mapping[str, Any]) -> bool:
             outputs[str((target / file.name).relative_to(ROOT))] = sha256(file)
             write_atomically(target / file.name, file.read_bytes())  # build/ may lie on another device
             file.unlink()
-        for file in set(before.get("outputs", {})) - set(outputs):  # a figure that the notebook no longer makes
+        others = (_read_stamp(other).get("outputs", {}) for other in stamp.parent.glob("*.json") if other != stamp)
+        gone = set(before.get("outputs", {})).difference(outputs, *others)  # figures that no notebook makes any longer
+        for file in gone:
             (ROOT / file).unlink(missing_ok=True)
         staging.rmdir()
         seconds = round(time.monotonic() - started, 1)
