@@ -141,8 +141,8 @@ def execute(notebook: str, path: Path, overrides: Mapping[str, Any]) -> bool:
             write_atomically(target / file.name, file.read_bytes())  # build/ may lie on another device
             file.unlink()
         others = (_read_stamp(other).get("outputs", {}) for other in stamp.parent.glob("*.json") if other != stamp)
-        gone = set(before.get("outputs", {})).difference(outputs, *others)  # figures that no notebook makes any longer
-        for file in gone:
+        orphans = set(before.get("outputs", {})).difference(outputs, *others)  # figures that no notebook makes any longer
+        for file in orphans:
             (ROOT / file).unlink(missing_ok=True)
         staging.rmdir()
         seconds = round(time.monotonic() - started, 1)
