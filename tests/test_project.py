@@ -143,7 +143,7 @@ def test_numbers_of_priors_in_the_readme_are_those_of_the_committed_figures():
         "per position": ("a Gaussian for each position", None),
         "full Gaussian": ("one Gaussian for all latents", None),
         "mixture": ("mixture of 150 Gaussians", f"{narrow}, mixture"),
-        narrow: ("the mixture, trained jointly", f"{narrow}, jointly"),
+        narrow: ("the mixture, trained jointly (one seed)", f"{narrow}, jointly"),
         deep: ("the same in the deep model", f"{deep}, jointly"),
     }
     for row, (name, bound) in rows.items():
