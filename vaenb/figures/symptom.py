@@ -36,6 +36,6 @@ def seed_points(
                 axes.annotate(text, (np.mean(values), position - 0.32), ha="center", va="bottom", fontsize=8.5)
             axes.set(ylim=(len(rows) - 0.5, -0.75), xlabel=unit, title=quantity)
             axes.set_yticks(range(len(rows)), list(rows) if index == 0 else [""] * len(rows))
-            axes.margins(x=0.18)
+            axes.margins(x=0.3)  # for the numbers
             axes.grid(axis="y", visible=False)
     return figure
