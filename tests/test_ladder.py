@@ -136,3 +136,8 @@ def test_joint_training_repeats_bit_for_bit(run):
     assert all(torch.equal(a, b) for a, b in zip(*(m.parameters() for m in models), strict=True))
     assert all(torch.equal(a, b) for a, b in zip(*(p.parameters() for p in priors), strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(before[1:], list(priors[0].parameters())[1:], strict=True))
+
+
+def test_a_prior_that_is_no_mixture_has_no_temperature(run):
+    with pytest.raises(ValueError, match="only mixtures have one"):
+        worth.prior_quality(ladder.repair(run, "per position", COUNT), temperature=0.9)
