@@ -141,7 +141,7 @@ class Mixture(Prior):
 
     @torch.no_grad()
     def _responsibilities(self) -> Callable[[Tensor], Tensor]:
-        """The share of each component in each latent, (n, d) -> (n, K), in a quarter of the time of ``_log_joint``.
+        """The share of each component in each latent, (n, d) -> (n, K), faster than by ``_log_joint``.
 
         A Gaussian's log density is linear in the entries of z and in the products of two of them, so that one matrix product
         gives those of all components. Rounding is larger, which is why densities are not computed like this.
