@@ -101,9 +101,9 @@ def test_memory_of_large_tiles_is_used_again():
     """Page faults of the last of a few tensors of 64 MB, one after the other: none if its memory is that of one before."""
     code = """if True:
         import resource, sys, torch
-        from vaenb import canvas
+        from vaenb import canvas, cpu
         if sys.argv[1] == "kept":
-            canvas.keep_memory()
+            cpu.keep_memory()
         before = 0
         for _ in range(8):
             torch.ones(2**24)

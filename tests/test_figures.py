@@ -9,6 +9,7 @@ from PIL import Image
 
 from vaenb import figures
 from vaenb.claims import Claim, conclude, lost
+from vaenb.figures.style import spread
 
 
 @pytest.fixture
@@ -136,6 +137,20 @@ def test_a_claim_is_lost_when_it_held_and_no_longer_does(tmp_path):
     assert lost(before, write("worse", {"A": False, "B": False})) == ["A c", "C c"]
     assert lost(tmp_path / "none", tmp_path / "same") == []
     assert lost(before, tmp_path / "none") == ["A c", "C c"]
+
+
+@pytest.mark.parametrize(
+    ("values", "pattern", "text"),
+    [
+        ([0.10, 0.16], "{:.0%}", "4%"),
+        ([0.100, 0.104], "{:.0%}", "0.3%"),
+        ([1.0, 1.006], "{:.1f}", "0.004"),
+        ([70, 75], "{:.0f}", "4"),
+        ([0.5, 0.5], "{:.0%}", "0%"),
+    ],
+)
+def test_a_small_spread_is_not_printed_as_none(values, pattern, text):
+    assert spread(values, pattern) == text
 
 
 def test_strips_put_each_number_in_the_row_of_its_pictures():

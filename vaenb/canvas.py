@@ -7,8 +7,6 @@ ends at the border of the canvas it has no halo, and is padded as the canvas is.
 Images are (C, H, W); maps of latents (C, h, w), with a position for every ``model.stride`` pixels along each axis.
 """
 
-import ctypes
-import os
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -19,7 +17,6 @@ from vaenb.models import VAE
 from vaenb.receptive import GlobalLayerError, field_of
 
 TILE = 64  # positions along each side of a tile
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, KEPT = -1, -3, 2**30  # from glibc's malloc.h; bytes
 
 
 def halos(model: VAE) -> tuple[int, int]:
@@ -46,18 +43,6 @@ def halos(model: VAE) -> tuple[int, int]:
         looked_at = np.nonzero(encoding[middle])[0] // model.stride
         found = [int(max(middle - x.min(), x.max() - middle)) for x in (looked_at, seen)]
     return found[0], found[1]
-
-
-def keep_memory() -> None:
-    """Ask the C library to keep what tensors of a tile free for those of the next one.
-
-    By default glibc gives every block of more than 32 MB back to the system, which then clears it page by page when it is
-    wanted again: about a quarter of the time of large tiles (mallopt(3)). Other C libraries are left as they are.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
-    if mallopt:
-        for option in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
-            mallopt(option, KEPT)
 
 
 def tiled(function: Callable[[Tensor], Tensor], x: Tensor, halo: int, tile: int = TILE) -> Tensor:

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vaenb import data, runs
+from vaenb.cpu import one_thread
 from vaenb.progress import Progress
 
 FEATURES = 64
@@ -156,11 +157,6 @@ def _train(images: data.ImageSet, folder: Path) -> dict[str, Any]:
 @contextmanager
 def _repeatably(seed: int) -> Iterator[None]:
     """One CPU thread and random numbers of its own: repeats bit for bit, and the caller's go on as if nothing had been."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
-            yield
-    finally:
-        torch.set_num_threads(threads)
+    with one_thread(), torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield

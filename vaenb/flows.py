@@ -13,7 +13,8 @@ import torch.nn.functional as F
 import zuko
 from torch import Tensor, nn
 
-from vaenb.canvas import keep_memory, tiled
+from vaenb.canvas import tiled
+from vaenb.cpu import keep_memory
 from vaenb.gaussians import Mixture
 from vaenb.priors import Convolutional, Learned, StandardNormal
 

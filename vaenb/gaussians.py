@@ -53,7 +53,7 @@ class Mixture(Prior):
     PART = 60_000
     differentiable = True
 
-    def __init__(self, shape: Sequence[int], components: int, sweeps: tuple[int, int] = (8, 4), ridge: float = 1e-2):
+    def __init__(self, shape: Sequence[int], components: int, sweeps: tuple[int, int] = (5, 2), ridge: float = 1e-2):
         super().__init__(shape)
         self.sweeps, self.ridge = sweeps, ridge
         self.log_weights = nn.Parameter(torch.full((components,), -math.log(components)))
@@ -153,8 +153,7 @@ class Mixture(Prior):
         centre = self.means.mean(dim=0)  # products are small around it, and rounding is
         means = self.means - centre
         linear = (precisions @ means[:, :, None])[:, :, 0]
-        log_volume = upper.diagonal(dim1=1, dim2=2).abs().log().sum(dim=1)
-        constant = self.log_weights + log_volume - 0.5 * (linear * means).sum(dim=1)
+        constant = self._log_peaks() - 0.5 * (linear * means).sum(dim=1)
         at_once = max(1, 600_000 // len(first))  # latents whose products fit into a cache
 
         def share(flat: Tensor) -> Tensor:
@@ -172,10 +171,14 @@ class Mixture(Prior):
         upper = self.whitening.triu()
         centres = self.means[:, None] @ upper  # (K, 1, d)
         # The few latents of a step through all components at once, many latents in parts that fit into the cache.
-        squares = [(part @ upper - centres).square().sum(dim=2).T for part in flat.split(256)]
-        log_volume = upper.diagonal(dim1=1, dim2=2).abs().log().sum(dim=1)
-        constant = self.log_weights.log_softmax(dim=0) + log_volume - 0.5 * self.size * math.log(2 * math.pi)
-        return constant - 0.5 * torch.cat(squares)
+        parts = (part.expand(len(upper), -1, -1) for part in flat.split(256))
+        squares = [torch.baddbmm(centres, part, upper, beta=-1).square().sum(dim=2).T for part in parts]
+        return self._log_peaks() - 0.5 * torch.cat(squares)
+
+    def _log_peaks(self) -> Tensor:
+        """Log weight times density of each component at its mean, (K,)."""
+        log_volume = self.whitening.diagonal(dim1=1, dim2=2).abs().log().sum(dim=1)
+        return self.log_weights.log_softmax(dim=0) + log_volume - 0.5 * self.size * math.log(2 * math.pi)
 
 
 class FullGaussian(Mixture):

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from vaenb import checkpoints, dependence, joint, models, runs
 from vaenb.autoregressive import Autoregressive
+from vaenb.cpu import one_thread
 from vaenb.flows import Flow, FlowMatching
 from vaenb.folders import Crops
 from vaenb.gaussians import FullGaussian, Mixture, PositionGaussian
@@ -29,7 +30,7 @@ from vaenb.models import VAE
 from vaenb.priors import Convolutional, Prior, StandardNormal
 from vaenb.progress import Progress
 from vaenb.stationary import StationaryFlow
-from vaenb.train import Run, one_thread
+from vaenb.train import Run
 from vaenb.two_stage import TwoStage, Vamp
 
 RUNGS: dict[str, tuple[type[Prior], dict[str, Any]]] = {

@@ -9,6 +9,7 @@
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,42 @@ class ImageSizeError(ValueError):
     """An image is smaller than the stride, or not of the one size that a model with global layers was made for."""
 
 
+class _Interleaved(torch.autograd.Function):
+    """(N, 4·C, H + 1, W + 1) -> (N, C, 2H, 2W): the shuffle of ``SubpixelUp``, without the border of one pixel.
+
+    Output pixel (2i + s, 2j + t) is phase (1 − s, 1 − t) at position (i + s, j + t), in both directions one copy between
+    strided views. Autograd would fill a whole gradient with zeros for the sake of the border, and copy twice.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, phases: Tensor) -> Tensor:
+        """Channels come last in the memory of what it returns."""
+        last = phases.permute(0, 2, 3, 1).contiguous()
+        placed = _placed(last)
+        return placed.flatten(1, 2).flatten(2, 3).permute(0, 3, 1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        """Zero for what lies on the border."""
+        n, channels, height, width = gradient.shape
+        last = gradient.new_empty(n, height // 2 + 1, width // 2 + 1, 4 * channels)
+        _placed(last).copy_(gradient.permute(0, 2, 3, 1).reshape(n, height // 2, 2, width // 2, 2, channels))
+        phase = last.unflatten(3, (2, 2, channels))
+        for border in (phase[:, 0, :, 0], phase[:, -1, :, 1], phase[:, :, 0, :, 0], phase[:, :, -1, :, 1]):
+            border.zero_()
+        return last.permute(0, 3, 1, 2)
+
+
+def _placed(last: Tensor) -> Tensor:
+    """View of the inner pixels of phases, (N, H + 1, W + 1, 4·C) contiguous, as (N, H, 2, W, 2, C)."""
+    n, height, width, channels = last.shape
+    image, row, column, _ = last.stride()
+    below, beside = channels // 2, channels // 4  # from a phase to the next one
+    size = (n, height - 1, 2, width - 1, 2, beside)
+    strides = (image, row, row - below, column, column - beside, 1)
+    return last.as_strided(size, strides, last.storage_offset() + below + beside)
+
+
 class SubpixelUp(nn.Module):
     """Doubles height and width; the same linear maps as ``ConvTranspose2d(kernel_size=4, stride=2, padding=1)``.
 
@@ -43,10 +80,7 @@ class SubpixelUp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C_in, H, W) -> (N, C_out, 2H, 2W)."""
-        phases = self.phases(x).permute(0, 2, 3, 1)
-        n, height, width, channels = phases.shape
-        rows = phases.reshape(n, height, width, 2, 2, channels // 4).transpose(2, 3)
-        return rows.reshape(n, 2 * height, 2 * width, channels // 4)[:, 1:-1, 1:-1].permute(0, 3, 1, 2)
+        return _Interleaved.apply(self.phases(x))
 
 
 class Residual(nn.Module):

@@ -82,12 +82,14 @@ def orthogonalised(matrix: Tensor) -> Tensor:
     """
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     wide = wide / wide.norm().clamp_min(1e-15)  # what is smaller fades
-    identity = torch.eye(len(wide), dtype=wide.dtype, device=wide.device)
-    gram = wide @ wide.T + DAMPING * identity
+    whole = torch.eye(len(wide), dtype=wide.dtype, device=wide.device)
+    gram = torch.addmm(whole, wide, wide.T, beta=DAMPING)
     a, b, c = QUINTIC
-    whole = identity
-    for _ in range(ITERATIONS):
-        factor = torch.addmm(a * identity + b * gram, gram, gram, alpha=c)
-        whole, gram = factor @ whole, factor @ gram @ factor
+    for i in range(ITERATIONS):
+        rest = torch.addmm(gram, gram, gram, beta=b, alpha=c)  # the polynomial, less its constant a
+        whole = torch.addmm(whole, rest, whole, beta=a)
+        if i + 1 < ITERATIONS:
+            half = torch.addmm(gram, rest, gram, beta=a)
+            gram = torch.addmm(half, half, rest, beta=a)
     result = whole @ wide
     return result if matrix.shape[0] <= matrix.shape[1] else result.T

@@ -76,8 +76,8 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
 
     Dowson & Landau 1982; Heusel et al. 2017. Never to be called "FID": that is this distance on the features of the
     Inception network, here it is on those of ``classifier``, and the two do not compare. Biased upwards by about 1/n, so
-    only distances with the same numbers of images compare. With Σ = Rᵀ R from a QR decomposition of the centred features,
-    the last term is the sum of the singular values of R_a R_bᵀ, which singular covariances do not disturb.
+    only distances with the same numbers of images compare. With Σ = Rᵀ R from the eigenvectors of Σ, the last term is the
+    sum of the singular values of R_a R_bᵀ, which singular covariances do not disturb.
 
     Args:
         a, b: features, (N, d) and (M, d).
@@ -93,7 +93,7 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
         raise ValueError(
             f"{len(a)} and {len(b)} samples of {a.shape[1]} features: a covariance of them needs at least {least} samples"
         )
-    root_a, root_b = (np.linalg.qr(x - x.mean(axis=0), mode="r") / np.sqrt(len(x) - 1) for x in (a, b))
+    root_a, root_b = (_root(np.cov(x, rowvar=False)) for x in (a, b))
     common = np.linalg.svd(root_a @ root_b.T, compute_uv=False).sum()
     shift = np.square(a.mean(axis=0) - b.mean(axis=0)).sum()
     return float(max(shift + np.square(root_a).sum() + np.square(root_b).sum() - 2 * common, 0))
@@ -301,6 +301,12 @@ def _pair(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         if bad := int((~np.isfinite(x)).any(axis=1).sum()):
             raise ValueError(f"{bad} of {len(x)} rows of the {name} features are NaN or infinite: look at their pictures")
     return a, b
+
+
+def _root(covariance: np.ndarray) -> np.ndarray:
+    """R with Rᵀ R = covariance, (d, d)."""
+    variances, directions = np.linalg.eigh(np.atleast_2d(covariance))
+    return np.sqrt(variances.clip(0))[:, None] * directions.T
 
 
 def _squared_discrepancy(a: np.ndarray, b: np.ndarray) -> float:

@@ -13,8 +13,7 @@ import math
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,14 +21,15 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from vaenb import checkpoints, data, folders, models, muon, pictures, pixels, processes, runs
+from vaenb import checkpoints, cpu, data, folders, models, muon, pictures, pixels, processes, runs
 from vaenb.config import Config, ConfigError, loss_of
+from vaenb.cpu import one_thread
 from vaenb.progress import Progress
 
 WARM_UP = 0.05  # share of all steps
 HISTORY = ("epoch", "rate", "distortion", "test_rate", "test_distortion")
 EXPLODED = 1e3  # times the loss of guessing every pixel by tossing a coin
-MODULES = (data, pixels, models, muon, checkpoints)
+MODULES = (cpu, data, pixels, models, muon, checkpoints)
 CODE = [*MODULES, *(sys.modules[name] for name in (Config.__module__, __name__))]  # what a run depends on
 
 
@@ -227,16 +227,3 @@ def _train(config: Config, images: data.ImageSet | data.FolderSet, folder: Path)
         "device": str(fabric.device),
         "processes": processes.count(),
     }
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Compute on one CPU thread (see ``fit``), and take denormal numbers for zero, which CPUs handle slowly."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.set_flush_denormal(True)
-    try:
-        yield
-    finally:
-        torch.set_flush_denormal(False)
-        torch.set_num_threads(threads)

@@ -21,7 +21,7 @@ import torch
 import training
 from training import multiplication_rate, operations, ours
 
-from vaenb import canvas, data, figures, ladder, train
+from vaenb import canvas, cpu, data, figures, ladder, train
 from vaenb.claims import figures_folder
 from vaenb.config import Config
 from vaenb.models import VAE
@@ -110,7 +110,7 @@ def together(barrier: multiprocessing.Barrier) -> None:
 
 def alone(what: str) -> float:
     """Seconds of an epoch of the 7×7 arm, or the rate of matrix products, while the other process does the same."""
-    with train.one_thread():
+    with cpu.one_thread():
         BARRIER.wait()
         if what == "rate":
             return statistics.median(multiplication_rate() for _ in range(3))
@@ -141,7 +141,7 @@ def measure() -> dict[str, Any]:
     """Everything but the notebooks, which ``make figures`` has timed."""
     images = data.load("mnist")
     throughput = training.benchmark()
-    with train.one_thread():
+    with cpu.one_thread():
         scaling = {
             "training": training_time(images),
             "decoding": decoding_time(),

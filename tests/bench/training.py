@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import datasets, transforms
 
-from vaenb import data, muon, train
+from vaenb import cpu, data, muon, train
 from vaenb.config import Config, loss_of
 from vaenb.models import VAE, reparametrise
 
@@ -114,7 +114,7 @@ def benchmark() -> dict[str, dict[str, float]]:
     except ImportError:
         print("pythae is not installed: left out", file=sys.stderr)
     found = {}
-    with train.one_thread():
+    with cpu.one_thread():
         for arm, options in ARMS.items():
             config = Config("mnist", epochs=1, **options)
             seconds: dict[str, list[float]] = {way: [] for way in ways}

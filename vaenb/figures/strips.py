@@ -8,7 +8,7 @@ from matplotlib import rcParams
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
-from vaenb.figures.style import INK, bare, mosaic, show_ink, styled
+from vaenb.figures.style import INK, bare, mosaic, show_ink, spread, styled
 
 TILE = 0.36  # inches per picture
 
@@ -61,7 +61,7 @@ def strips(
                     axes.plot([np.mean(values)] * 2, [-0.6, 0.6], color=colours[row], linewidth=2.5)
                     printed = [(pattern.format(np.mean(values)).replace("-", "−"), 8.5, rcParams["text.color"])]
                     if len(values) > 1:
-                        printed += [("± " + pattern.format(np.std(values, ddof=1)), 7, "0.35")]
+                        printed += [("± " + spread(values, pattern), 7, "0.35")]
                     for line, (text, size, colour) in enumerate(printed):
                         offset = (7, 5 * (len(printed) - 1) - 10 * line)
                         axes.annotate(

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -165,3 +166,13 @@ def _decode(value: Any) -> Any:
             return np.frombuffer(base64.b64decode(value["base64"]), value["dtype"]).reshape(value["shape"])
         return {key: _decode(item) for key, item in value.items()}
     return [_decode(item) for item in value] if isinstance(value, list) else value
+
+
+def spread(values: Sequence[float], pattern: str) -> str:
+    """Standard deviation over seeds in a format such as ``{:.0%}``, with more digits if fewer would read as none."""
+    deviation = float(np.std(values, ddof=1))
+    text = pattern.format(deviation)
+    while deviation > 1e-6 and not any(digit in text for digit in "123456789"):
+        pattern = re.sub(r"\.(\d)", lambda digits: f".{int(digits[1]) + 1}", pattern)
+        text = pattern.format(deviation)
+    return text

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from vaenb.figures.style import show_ink, side_by_side, styled
+from vaenb.figures.style import show_ink, side_by_side, spread, styled
 
 
 def gallery(pictures: Mapping[str, np.ndarray], columns: int, title: str) -> Figure:
@@ -31,8 +31,8 @@ def seed_points(
             for position, (row, values) in enumerate(rows.items()):
                 axes.plot(values, [position] * len(values), "o", color=colours[row], alpha=0.55, markersize=5)
                 axes.plot([np.mean(values)] * 2, [position - 0.3, position + 0.3], color=colours[row], linewidth=2.5)
-                spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
-                text = f"{np.mean(values):.1f}{spread}"
+                printed = f" ± {spread(values, '{:.1f}')}" if len(values) > 1 else ""
+                text = f"{np.mean(values):.1f}{printed}"
                 axes.annotate(text, (np.mean(values), position - 0.32), ha="center", va="bottom", fontsize=8.5)
             axes.set(ylim=(len(rows) - 0.5, -0.75), xlabel=unit, title=quantity)
             axes.set_yticks(range(len(rows)), list(rows) if index == 0 else [""] * len(rows))
