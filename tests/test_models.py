@@ -64,6 +64,14 @@ def test_subpixel_up_has_the_phase_before_the_channel():
     torch.testing.assert_close(up(x), torch.nn.functional.pixel_shuffle(phases, 2)[..., 1:-1, 1:-1], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_gradients_of_subpixel_up_are_those_of_differences(memory_format):
+    torch.manual_seed(0)
+    up = SubpixelUp(2, 3).double()
+    x = torch.randn(2, 2, 3, 4, dtype=torch.double).contiguous(memory_format=memory_format).requires_grad_()
+    assert torch.autograd.gradcheck(up, x)
+
+
 @pytest.mark.parametrize("arm", ARMS)
 def test_new_blocks_change_nothing_and_learn(arm):
     vae = model(arm, blocks=2)
