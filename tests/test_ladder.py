@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from vaenb import data, dependence, joint, ladder, likelihood, worth
+from vaenb import data, dependence, joint, ladder, likelihood, samples, worth
 from vaenb.config import Config
 from vaenb.gaussians import FullGaussian
 from vaenb.models import VAE
@@ -54,6 +54,18 @@ def test_pictures_are_compared_with_data_and_with_reconstructions(run):
     assert limit["to_reconstructions"] < quality["to_reconstructions"]
     assert 0 < limit["nearest"] < 1
     assert quality["seconds"] > 0
+
+
+def test_distances_are_means_over_sets_of_pictures(run):
+    prior = ladder.repair(run, "per position", COUNT)
+    one, two = (worth.prior_quality(prior, sets=sets) for sets in (1, 2))
+    z = prior.prior.sample(len(samples.halves(run.images)[1]), seed=worth.HELD_OUT + 1)
+    second = worth.against(run, z)
+    for distance in ("frechet", "to_reconstructions"):
+        assert two[distance] == pytest.approx((one[distance] + second[distance]) / 2)
+    assert two["density"] == one["density"]
+    with pytest.raises(ValueError, match="at least one set"):
+        worth.prior_quality(prior, sets=0)
 
 
 def test_the_nearest_image_is_found():

@@ -48,7 +48,7 @@ ANY_SIZE: dict[str, tuple[type[Prior], dict[str, Any]]] = {  # translation-equiv
     "stationary flow": (StationaryFlow, {"patch": 2}),
 }
 FINE = "fine mixture"  # what replaces a mixture that was trained jointly, see ``tune``
-FINAL: dict[str, tuple[type[Prior], dict[str, Any]]] = {FINE: (Mixture, {"components": 300})}
+FINAL: dict[str, tuple[type[Prior], dict[str, Any]]] = {FINE: (Mixture, {"components": 300, "sweeps": (8, 4)})}
 SIDE = 7  # positions of a map, along each axis, that convolutional priors work on: larger maps come in patches
 PART = 2_000  # images that are encoded at once
 COUNT = 90_000  # latents that a prior learns from: several draws of each image

@@ -49,25 +49,34 @@ def bounds(repaired: Repaired, k: int = 100, subset: int = 500) -> dict[str, flo
     return likelihood.bounds(repaired.run.model, repaired.run.images, k, subset, repaired.prior)
 
 
-def prior_quality(repaired: Repaired, temperature: float = 1.0) -> dict[str, Any]:
+def prior_quality(repaired: Repaired, temperature: float = 1.0, sets: int = 1) -> dict[str, Any]:
     """Pictures from the fitted prior against data and against reconstructions: ``against`` of them, and ``seconds``.
 
     Args:
         repaired: a VAE and its prior.
         temperature: of mixtures, see ``Mixture.tempered``; other priors have none but 1.
+        sets: of pictures, over which the two Fréchet distances are averaged. Those of one set have, where they are small, a
+            standard deviation as large as that between training seeds.
 
     Raises:
-        ValueError: another temperature for a prior that is no mixture.
+        ValueError: another temperature for a prior that is no mixture; no set.
     """
+    if sets < 1:
+        raise ValueError(f"sets={sets}: expected at least one set of pictures")
     run, prior = repaired.run, repaired.prior
     if temperature != 1:
         if not isinstance(prior, Mixture):
             raise ValueError(f"temperature {temperature} of {repaired.rung!r}: only mixtures have one, choose 1 for others")
         prior = prior.tempered(temperature)
     started = time.perf_counter()
-    z = prior.sample(len(halves(run.images)[1]), seed=HELD_OUT)
-    seconds = time.perf_counter() - started
-    return {**against(run, z), "seconds": seconds}
+    count = len(halves(run.images)[1])
+    z = prior.sample(count, seed=HELD_OUT)
+    result = {"seconds": time.perf_counter() - started, **against(run, z)}
+    distances = [(result["frechet"], result["to_reconstructions"])]
+    for more in range(1, sets):
+        drawn = decoded(run.model, prior.sample(count, seed=HELD_OUT + more))
+        distances.append(_distances(run, extract(classifier(run.images.name), drawn)[0]))
+    return result | dict(zip(("frechet", "to_reconstructions"), np.mean(distances, axis=0).tolist(), strict=True))
 
 
 def reconstruction_quality(repaired: Repaired) -> dict[str, Any]:
@@ -93,10 +102,15 @@ def against(run: Run, z: Tensor) -> dict[str, float]:
     features = extract(classifier(run.images.name), pictures)
     return {
         **compare(features, known_features(run.images.name)),
-        "to_reconstructions": frechet_distance(features[0], _reconstructed(run)),
+        "to_reconstructions": _distances(run, features[0])[1],
         "one_stroke": float((connected_components(pictures) == 1).mean()),
         **_nearest(pictures[:NEAREST], run.images.train),
     }
+
+
+def _distances(run: Run, features: np.ndarray) -> tuple[float, float]:
+    """Fréchet distance of features, (N, 64), to those of the reference images and to those of their reconstructions."""
+    return tuple(frechet_distance(features, known) for known in (known_features(run.images.name)[0], _reconstructed(run)))
 
 
 @functools.lru_cache(maxsize=4)  # a rung is measured for a few seeds, then the next one for the same
