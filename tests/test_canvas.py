@@ -101,7 +101,7 @@ def test_memory_of_large_tiles_is_used_again():
     """Page faults of the last of a few tensors of 64 MB, one after the other: none if its memory is that of one before."""
     code = """if True:
         import resource, sys, torch
-        from vaenb import canvas, cpu
+        from vaenb import canvas, cpu  # as many small blocks as a program has
         if sys.argv[1] == "kept":
             cpu.keep_memory()
         before = 0

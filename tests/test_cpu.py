@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from vaenb.cpu import one_thread
@@ -9,6 +10,8 @@ def test_threads_and_denormal_numbers_are_as_before_afterwards():
     try:
         with one_thread():
             assert torch.get_num_threads() == 1
+            with pytest.raises(RuntimeError), one_thread():
+                raise RuntimeError
             assert small * 1.0 == 0
         assert torch.get_num_threads() == 2
         assert small * 1.0 > 0

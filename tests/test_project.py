@@ -1,12 +1,13 @@
 import json
 import re
 import tomllib
-from statistics import mean, stdev
+from statistics import mean
 
 import nbformat
 import pytest
 import yaml
 
+from vaenb.figures.style import spread
 from vaenb.quality import interval
 from vaenb.runs import ROOT
 
@@ -112,7 +113,7 @@ def test_numbers_in_the_readme_are_those_of_the_committed_figures():
     numbers = json.loads((ROOT / "figures" / "mnist" / "symptom_bounds.json").read_text())["numbers"]
     for model, bounds in numbers["bounds"].items():
         nats = (bounds[c] for c in ("negative_elbo", "rate", "distortion", "negative_log_likelihood"))
-        cells = [f"{mean(values):.1f} ± {stdev(values):.1f}" for values in nats]
+        cells = [_mean_and_deviation(values) for values in nats]
         cells.append(f"{100 * mean(numbers['statistics'][model]['one_stroke_samples']):.0f} %")
         assert f"| {model} | {' | '.join(cells)} |" in readme
 
@@ -197,4 +198,4 @@ def test_speeds_in_the_readme_are_those_of_the_benchmark():
 
 
 def _mean_and_deviation(values):
-    return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
+    return f"{mean(values):.1f}" + (f" ± {spread(values, '{:.1f}')}" if len(values) > 1 else "")

@@ -76,10 +76,10 @@ def test_kill_in_mid_epoch_then_resume_equals_an_uninterrupted_run(tmp_path):
 
 
 def test_two_processes_that_want_the_same_run_train_it_once(tmp_path):
-    processes = [launch(tmp_path, 3) for _ in range(2)]
+    processes = [launch(tmp_path, 40) for _ in range(2)]  # seconds, so that the second one finds the first one at it
     lines = "".join(process.communicate(timeout=300)[1] for process in processes)
     assert [process.returncode for process in processes] == [0, 0]
-    assert lines.count("epoch 1/3") == 1
+    assert lines.count("epoch 1/40") == 1
     assert "waiting for another process" in lines
 
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vaenb import data, runs
+from vaenb import cpu, data, runs
 from vaenb.cpu import one_thread
 from vaenb.progress import Progress
 
@@ -73,7 +73,7 @@ def classifier(dataset: str) -> Classifier:
     """
     images = data.load(dataset)
     spec = {"dataset": dataset, "data": images.fingerprint, "torch": torch.__version__}
-    code = [data, sys.modules[__name__]]
+    code = [cpu, data, sys.modules[__name__]]
     folder = runs.entry(f"classifier-{data.slug(dataset)}", spec, code, lambda folder: _train(images, folder))
     network = _untrained(images)
     network.load_state_dict(safetensors.torch.load_file(folder / "classifier.safetensors"))

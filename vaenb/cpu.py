@@ -8,19 +8,20 @@ from contextlib import contextmanager
 import torch
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, KEPT = -1, -3, 2**30  # from glibc's malloc.h; bytes
+LARGEST_THRESHOLD = 2**25  # that older versions of glibc take for M_MMAP_THRESHOLD
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Compute on one CPU thread (see ``train.fit``), take denormal numbers, which are slow, for zero; ``keep_memory``."""
-    threads = torch.get_num_threads()
+    threads, flushed = torch.get_num_threads(), bool(torch.tensor(1e-40) * 1.0 == 0)
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     keep_memory()
     try:
         yield
     finally:
-        torch.set_flush_denormal(False)
+        torch.set_flush_denormal(flushed)  # of an outer block of this kind, too
         torch.set_num_threads(threads)
 
 
@@ -32,6 +33,5 @@ def keep_memory() -> None:
     as they are.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
-    if mallopt:
-        for option in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
-            mallopt(option, KEPT)
+    if mallopt and (mallopt(M_MMAP_THRESHOLD, KEPT) or mallopt(M_MMAP_THRESHOLD, LARGEST_THRESHOLD)):
+        mallopt(M_TRIM_THRESHOLD, KEPT)

@@ -39,9 +39,9 @@ class PositionGaussian(Prior):
 class Mixture(Prior):
     """Mixture of Gaussians with full covariances, by expectation maximisation (Dempster et al. 1977).
 
-    It starts from clusters (k-means) and makes most of its sweeps on a part of the latents. On a CPU and in single precision
-    this took a seventh of the time of scikit-learn's mixture; it runs on a GPU, and its density is differentiable, so that a
-    VAE can be trained together with it.
+    It starts from clusters (k-means) and makes most of its sweeps on a part of the latents. On a CPU and with (8, 4) sweeps,
+    in single precision, this took a seventh of the time of scikit-learn's mixture; it runs on a GPU, and its density is
+    differentiable, so that a VAE can be trained together with it.
 
     Args:
         shape: of the latents.

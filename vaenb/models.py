@@ -32,15 +32,15 @@ class ImageSizeError(ValueError):
 class _Interleaved(torch.autograd.Function):
     """(N, 4·C, H + 1, W + 1) -> (N, C, 2H, 2W): the shuffle of ``SubpixelUp``, without the border of one pixel.
 
-    Output pixel (2i + s, 2j + t) is phase (1 − s, 1 − t) at position (i + s, j + t), in both directions one copy between
-    strided views. Autograd would fill a whole gradient with zeros for the sake of the border, and copy twice.
+    Output pixel (2i + s, 2j + t) is phase (1 − s, 1 − t) at position (i + s, j + t): one copy between strided views, in both
+    directions, where channels come last. Autograd would fill a whole gradient with zeros for the sake of the border, and
+    copy twice. Not for ``torch.func``.
     """
 
     @staticmethod
     def forward(ctx: Any, phases: Tensor) -> Tensor:
         """Channels come last in the memory of what it returns."""
-        last = phases.permute(0, 2, 3, 1).contiguous()
-        placed = _placed(last)
+        placed = _placed(phases.permute(0, 2, 3, 1).contiguous()).contiguous()
         return placed.flatten(1, 2).flatten(2, 3).permute(0, 3, 1, 2)
 
     @staticmethod

@@ -8,12 +8,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 from IPython.display import Markdown, display
 
 from vaenb import claims
+from vaenb.figures.style import spread
 from vaenb.quality import interval
 from vaenb.runs import ROOT
 
@@ -68,7 +69,7 @@ class Quoted:
             low, high = interval(list(self.values))
             text = f"{low:{spec}} to {high:{spec}}"
         else:
-            text = f"{float(self):{spec}}" + (f" ± {stdev(self.values):{spec}}" if kind == "±" else "")
+            text = f"{float(self):{spec}}" + (f" ± {spread(self.values, f'{{:{spec}}}')}" if kind == "±" else "")
         text = text.replace("%", " %").replace("-", "−")
         return f'<data value="{float(self):.6g}" title="{escape(self.source)}">{text}</data>'
 

@@ -77,7 +77,7 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     Dowson & Landau 1982; Heusel et al. 2017. Never to be called "FID": that is this distance on the features of the
     Inception network, here it is on those of ``classifier``, and the two do not compare. Biased upwards by about 1/n, so
     only distances with the same numbers of images compare. With Σ = Rᵀ R from the eigenvectors of Σ, the last term is the
-    sum of the singular values of R_a R_bᵀ, which singular covariances do not disturb.
+    sum of the singular values of R_a R_bᵀ, which singular covariances hardly disturb.
 
     Args:
         a, b: features, (N, d) and (M, d).

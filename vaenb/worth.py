@@ -55,8 +55,8 @@ def prior_quality(repaired: Repaired, temperature: float = 1.0, sets: int = 1) -
     Args:
         repaired: a VAE and its prior.
         temperature: of mixtures, see ``Mixture.tempered``; other priors have none but 1.
-        sets: of pictures, over which the two Fréchet distances are averaged. Those of one set have, where they are small, a
-            standard deviation as large as that between training seeds.
+        sets: of pictures, over which the two Fréchet distances are averaged. Where they are small, those of single sets vary
+            more than training seeds do.
 
     Raises:
         ValueError: another temperature for a prior that is no mixture; no set.
@@ -72,10 +72,12 @@ def prior_quality(repaired: Repaired, temperature: float = 1.0, sets: int = 1) -
     count = len(halves(run.images)[1])
     z = prior.sample(count, seed=HELD_OUT)
     result = {"seconds": time.perf_counter() - started, **against(run, z)}
-    distances = [(result["frechet"], result["to_reconstructions"])]
+    distances = [[result["frechet"], result["to_reconstructions"]]]
     for more in range(1, sets):
         drawn = decoded(run.model, prior.sample(count, seed=HELD_OUT + more))
-        distances.append(_distances(run, extract(classifier(run.images.name), drawn)[0]))
+        features = extract(classifier(run.images.name), drawn)[0]
+        known = known_features(run.images.name)[0], _reconstructed(run)
+        distances.append([frechet_distance(features, each) for each in known])
     return result | dict(zip(("frechet", "to_reconstructions"), np.mean(distances, axis=0).tolist(), strict=True))
 
 
@@ -102,15 +104,10 @@ def against(run: Run, z: Tensor) -> dict[str, float]:
     features = extract(classifier(run.images.name), pictures)
     return {
         **compare(features, known_features(run.images.name)),
-        "to_reconstructions": _distances(run, features[0])[1],
+        "to_reconstructions": frechet_distance(features[0], _reconstructed(run)),
         "one_stroke": float((connected_components(pictures) == 1).mean()),
         **_nearest(pictures[:NEAREST], run.images.train),
     }
-
-
-def _distances(run: Run, features: np.ndarray) -> tuple[float, float]:
-    """Fréchet distance of features, (N, 64), to those of the reference images and to those of their reconstructions."""
-    return tuple(frechet_distance(features, known) for known in (known_features(run.images.name)[0], _reconstructed(run)))
 
 
 @functools.lru_cache(maxsize=4)  # a rung is measured for a few seeds, then the next one for the same

@@ -172,7 +172,9 @@ def spread(values: Sequence[float], pattern: str) -> str:
     """Standard deviation over seeds in a format such as ``{:.0%}``, with more digits if fewer would read as none."""
     deviation = float(np.std(values, ddof=1))
     text = pattern.format(deviation)
-    while deviation > 1e-6 and not any(digit in text for digit in "123456789"):
+    for _ in range(4):
+        if not deviation or any(digit in text for digit in "123456789"):
+            break
         pattern = re.sub(r"\.(\d)", lambda digits: f".{int(digits[1]) + 1}", pattern)
         text = pattern.format(deviation)
     return text
