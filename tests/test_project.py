@@ -1,6 +1,10 @@
 import json
+import os
 import re
+import subprocess
+import sys
 import tomllib
+from pathlib import Path
 from statistics import mean
 
 import nbformat
@@ -130,6 +134,17 @@ def test_frechet_distances_in_the_readme_are_those_of_the_committed_figures():
         values = numbers[arm]["frechet"]
         low, high = interval(values)
         assert f"| {name} | {mean(values):.0f} | {low:.0f} to {high:.0f} |" in readme
+
+
+def test_kernels_of_tested_notebooks_use_this_checkout(tmp_path):
+    code = """if True:
+        import runpy, subprocess, sys
+        runpy.run_path(sys.argv[1])
+        subprocess.run([sys.executable, "-c", "import vaenb; print(vaenb.__file__)"], check=True)"""
+    command = [sys.executable, "-c", code, ROOT / "notebooks" / "conftest.py"]
+    elsewhere = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(command, cwd=tmp_path, env=elsewhere, check=True, stdout=subprocess.PIPE, text=True)
+    assert Path(done.stdout.strip()) == ROOT / "vaenb" / "__init__.py"
 
 
 def test_numbers_of_priors_in_the_readme_are_those_of_the_committed_figures():

@@ -181,7 +181,7 @@ def show(numbers: dict[str, Any]) -> None:
         "sampling": ("samples", "ms per sample"),
     }
     options = {
-        "training": {"xlim": (0, None), "ylim": (0, 450)},
+        "training": {"xlim": (0, None), "ylim": (0, 650)},
         "decoding": {"xscale": "log", "ylim": (0, None)},
         "sampling": {"xscale": "log", "yscale": "log", "ylim": (1e-4, 1e5)},
     }
