@@ -73,10 +73,10 @@ def prior_quality(repaired: Repaired, temperature: float = 1.0, sets: int = 1) -
     z = prior.sample(count, seed=HELD_OUT)
     result = {"seconds": time.perf_counter() - started, **against(run, z)}
     distances = [[result["frechet"], result["to_reconstructions"]]]
+    known = known_features(run.images.name)[0], _reconstructed(run)
     for more in range(1, sets):
         drawn = decoded(run.model, prior.sample(count, seed=HELD_OUT + more))
         features = extract(classifier(run.images.name), drawn)[0]
-        known = known_features(run.images.name)[0], _reconstructed(run)
         distances.append([frechet_distance(features, each) for each in known])
     return result | dict(zip(("frechet", "to_reconstructions"), np.mean(distances, axis=0).tolist(), strict=True))
 
