@@ -6,8 +6,8 @@
 DATASET ?= auto
 # A parameter file of one's own instead of notebooks/params/$(DATASET).yaml; figures go to figures/<its name>/.
 PARAMS ?=
-# Notebooks side by side when make was not told with -j; each takes one core and 1 to 2 GiB.
-JOBS ?= 2
+# Notebooks side by side when make was not told with -j: one for each core, as far as memory goes.
+JOBS ?= $(shell $(RUN) --jobs)
 export PYTHONDONTWRITEBYTECODE = 1
 
 # An interpreter with everything installed, such as python in the conda environment of environment.yml; else make sets up
@@ -48,9 +48,12 @@ figures: setup  ## train what is missing, execute the notebooks, make the figure
 MAPS := 02_latent_maps-28 02_latent_maps-14 02_latent_maps-7
 BOOKS := 02_latent_maps-7 07_trained_jointly 02_latent_maps-28 07_priors 05_locality 08_any_size 01_symptom 02_latent_maps-14 06_controls 04_cause 03_bug_hunt 02_map_sizes
 WITH = $(if $(PARAMS),--params "$(PARAMS)",--dataset $(DATASET))
-.PHONY: $(BOOKS)
-made: $(BOOKS)
-$(BOOKS): setup
+# Where there are more cores than notebooks to execute, helpers execute the longest ones beside the first and share their work.
+LONGEST := 07_trained_jointly 05_locality 08_any_size 07_priors
+HELPERS := helper-1 helper-2 helper-3 helper-4 helper-5 helper-6
+.PHONY: $(BOOKS) $(HELPERS)
+made: $(BOOKS) $(HELPERS)
+$(BOOKS) $(HELPERS): setup
 02_map_sizes: $(MAPS)
 
 $(MAPS):
@@ -58,6 +61,9 @@ $(MAPS):
 
 $(filter-out $(MAPS),$(BOOKS)):
 	@$(RUN) $(WITH) $@
+
+$(HELPERS): helper-%:
+	@$(RUN) $(WITH) --helper $* $(LONGEST)
 
 test: setup  ## unit, property and notebook tests; no network needed
 	@$(PY) -m pytest --nbval -n 2 -q

@@ -1,6 +1,8 @@
 import errno
 import json
 import os
+import threading
+import time
 
 import nbformat
 import pytest
@@ -106,6 +108,58 @@ def test_a_figure_that_another_notebook_makes_now_stays(project):
     run()
     assert (project / "figures/digits/figure_1.png").exists()
     assert (project / "figures/digits/renamed_1.png").exists()
+
+
+JOB = """
+from vaenb import runs
+runs.entry("job", {"n": n}, [], lambda folder: {})
+"""
+
+
+def test_a_helper_fills_the_store_and_draws_nothing(project, build, monkeypatch):
+    write_notebook(project, JOB + WRITES)
+    run("--helper", "1")
+    assert list((build / "runs").glob("job-*/SHA256SUMS"))
+    assert not (project / "figures").exists()
+    assert not list((build / "staging").rglob("*.*"))
+    run()
+    assert (project / "figures/digits/figure_1.png").exists()
+    monkeypatch.setattr(execute, "_papermill", lambda *_: pytest.fail("it is made: there is nothing to help with"))
+    run("--helper", "1")
+
+
+def test_a_helper_ends_where_it_would_wait(project, build):
+    write_notebook(project, JOB + WRITES.replace("figure_{n}", "{n}") + JOB.replace("job", "later"))
+    with runs.exclusive(build / "runs" / ".locks" / f"job-{runs.key({'n': 1}, [])}.lock"):
+        run("--helper", "1")
+    assert not list((build / "runs").glob("*/SHA256SUMS"))
+
+
+def test_a_helper_ends_when_the_notebook_is_made(project, build):
+    late = "import time\nfrom vaenb import shared\ntime.sleep(120)\n"
+    write_notebook(project, JOB + late)
+    helper = threading.Thread(target=run, args=("--helper", "1"))
+    helper.start()
+    while helper.is_alive() and not list((build / "runs").glob("job-*/SHA256SUMS")):
+        time.sleep(0.1)
+    runs.write_atomically(build / "stamps" / "digits" / "00_demo.json", "{}")
+    helper.join(timeout=60)
+    assert not helper.is_alive()
+
+
+def test_a_helper_leaves_errors_to_the_process_that_makes_the_figures(project, build):
+    write_notebook(project, JOB + "raise RuntimeError('the reason')")
+    run("--helper", "1")
+    assert not (build / "failed").exists()
+    assert "the reason" in fails()
+
+
+def test_a_machine_executes_two_notebooks_at_least_and_as_many_as_fit(monkeypatch, capsys):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
+    for gibibytes, jobs in ((64, 16), (16, 6), (1, 2)):
+        monkeypatch.setattr(os, "sysconf", lambda name, size=gibibytes: {"SC_PAGE_SIZE": 4096}.get(name, size * 2**18))
+        main(["--jobs"])
+        assert capsys.readouterr().out == f"{jobs}\n"
 
 
 def test_a_failing_notebook_is_kept_makes_no_figure_and_is_tried_again(project, build):

@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vaenb import cpu, data, runs
-from vaenb.cpu import one_thread
 from vaenb.progress import Progress
 
 FEATURES = 64
@@ -157,6 +156,6 @@ def _train(images: data.ImageSet, folder: Path) -> dict[str, Any]:
 @contextmanager
 def _repeatably(seed: int) -> Iterator[None]:
     """One CPU thread and random numbers of its own: repeats bit for bit, and the caller's go on as if nothing had been."""
-    with one_thread(), torch.random.fork_rng(devices=[]):
+    with cpu.one_thread(), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield

@@ -16,16 +16,18 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from vaenb import claims
-from vaenb.runs import ROOT, DiskFull, build_folder, exclusive, sha256, write_atomically
+from vaenb.runs import HELPER, ROOT, Busy, DiskFull, build_folder, exclusive, sha256, write_atomically
 
 SOURCE = Path(__file__).resolve().parents[1]  # the kernels must use this checkout, wherever the environment came from
 NOTEBOOKS = ROOT / "notebooks"
+ROOM = 2.5 * 2**30  # bytes, a little more than the largest notebook takes
 
 
 class ExecutionError(Exception):
@@ -107,14 +109,12 @@ def execute(notebook: str, path: Path, overrides: Mapping[str, Any]) -> bool:
     with exclusive(stamp.with_suffix(".lock")):
         key = _key(source, path, overrides)
         before = _read_stamp(stamp)
-        if before.get("key") == key and all(_matches(ROOT / file, digest) for file, digest in before["outputs"].items()):
+        if _is_made(before, key):
             return False
         parameters = parameters_for(notebook, path, overrides)
         print(f"{name}: running with {parameters}", file=sys.stderr, flush=True)
         started = time.monotonic()
-        staging = build_folder() / "staging" / path.stem / name
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
+        staging = _empty(build_folder() / "staging" / path.stem / name)
         copy = staging / f"{name}.ipynb"
         try:
             _papermill(source, copy, parameters, staging)
@@ -152,12 +152,35 @@ def execute(notebook: str, path: Path, overrides: Mapping[str, Any]) -> bool:
     return True
 
 
+def help_with(notebook: str, path: Path, number: int) -> None:
+    """Execute a notebook beside the process that makes its figures, for what that leaves in the store (``vaenb.shared``).
+
+    It ends when all that is left is being computed, or the figures are made. Errors are for the other process to report.
+
+    Args:
+        notebook, path: see ``execute``.
+        number: which of the notebook's helpers this is; there is one of each.
+    """
+    source, name = NOTEBOOKS / f"{notebook}.ipynb", f"{notebook}+{number}"
+    stamp = build_folder() / "stamps" / path.stem / f"{notebook}.json"
+    if _is_made(_read_stamp(stamp), _key(source, path, {})):
+        return
+    parameters = parameters_for(notebook, path, {})
+    staging = build_folder() / "staging" / path.stem / name
+    with suppress(Busy), exclusive(stamp.with_name(f"{name}.lock"), wait=False):
+        os.environ[HELPER] = f"{sha256(stamp) if stamp.exists() else ''} {stamp}"
+        try:
+            with suppress(ExecutionError):
+                _papermill(source, _empty(staging) / source.name, parameters, staging)
+        finally:
+            del os.environ[HELPER]
+            shutil.rmtree(staging)
+
+
 def refresh(notebook: str) -> None:
     """Execute a notebook in place with its own default parameters, as it is committed."""
     source = NOTEBOOKS / f"{notebook}.ipynb"
-    staging = build_folder() / "staging" / "in-place" / notebook
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
+    staging = _empty(build_folder() / "staging" / "in-place" / notebook)
     _papermill(source, staging / source.name, {}, staging)
     os.replace(staging / source.name, source)
     shutil.rmtree(staging)
@@ -168,6 +191,22 @@ def times(path: Path) -> str:
     stamps = sorted((build_folder() / "stamps" / path.stem).glob("*.json"))
     rows = [(stamp.stem, _read_stamp(stamp)) for stamp in stamps]
     return "\n".join(f"{row.get('seconds', '?'):>8} s {row.get('memory', '?'):>6} GiB  {name}" for name, row in rows)
+
+
+def jobs() -> int:
+    """How many notebooks to execute side by side here: one for each core, with ``ROOM`` of memory each; at least two."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(2, min(cores, int(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / ROOM)))
+
+
+def _is_made(stamp: Mapping[str, Any], key: str) -> bool:
+    return stamp.get("key") == key and all(_matches(ROOT / file, digest) for file, digest in stamp["outputs"].items())
+
+
+def _empty(folder: Path) -> Path:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
 
 
 def _peak_memory() -> float:
@@ -265,19 +304,24 @@ def main(arguments: list[str] | None = None) -> None:
     """Command line of the Makefile."""
     parser = argparse.ArgumentParser(prog="python -m vaenb.execute", description=__doc__.split("\n\n")[0])
     parser.add_argument("notebook", nargs="?", help="name without suffix, such as 02_latent_maps")
-    parser.add_argument("parameter", nargs="*", help="name=value, in YAML")
+    parser.add_argument("parameter", nargs="*", help="name=value, in YAML; with --helper: further notebooks")
     parser.add_argument("--dataset", default="auto", help="which of notebooks/params to use (default: auto)")
     parser.add_argument("--params", type=Path, help="a parameter file of one's own instead")
+    parser.add_argument("--helper", type=int, metavar="N", help="only fill the run store, beside those that make them")
     parser.add_argument("--in-place", action="store_true", help="execute the committed notebook itself, with its defaults")
     parser.add_argument("--resolve", action="store_true", help="only print the parameter file that would be used")
+    parser.add_argument("--jobs", action="store_true", help="only print how many notebooks to execute side by side")
     parser.add_argument("--times", action="store_true", help="only print how long each notebook took")
     options = parser.parse_args(arguments)
     for folder in {"VAENB_BUILD", "VAENB_DATA"} & set(os.environ):  # kernels run in another folder
         os.environ[folder] = os.environ[folder] and str(Path(os.environ[folder]).absolute())
     try:
+        if options.jobs:
+            print(jobs())
+            return
         path = options.params or parameter_file(options.dataset)
         overrides = {}
-        for assignment in options.parameter:
+        for assignment in () if options.helper else options.parameter:
             name, equals, value = assignment.partition("=")
             if not equals:
                 raise ExecutionError(f"{assignment!r}: expected name=value")
@@ -290,6 +334,9 @@ def main(arguments: list[str] | None = None) -> None:
             parser.error("name a notebook")
         elif options.in_place:
             refresh(options.notebook)
+        elif options.helper:
+            for notebook in [options.notebook, *options.parameter]:
+                help_with(notebook, path, options.helper)
         else:
             execute(options.notebook, path, overrides)
     except KeyboardInterrupt:

@@ -81,7 +81,7 @@ class Repaired:
         """``seconds`` of fitting and ``parameters``."""
         return runs.read(self.folder)["summary"]
 
-    def measure(self, function: Callable[..., dict[str, Any]], **arguments: Any) -> dict[str, Any]:
+    def measure(self, function: Callable[..., dict[str, Any]], wait: bool = True, **arguments: Any) -> dict[str, Any]:
         """``function(self, **arguments)``, computed once and kept in the store, as ``train.Run.measure`` does."""
 
         def compute(_: Path) -> dict[str, Any]:
@@ -93,7 +93,7 @@ class Repaired:
 
         spec = {"prior": self.folder.name, "function": function.__qualname__, "arguments": arguments}
         label = f"{self.run.config.label}-{_slug(self.rung)}-{function.__name__}"
-        return runs.read(runs.entry(label, spec, runs.with_imports(inspect.getmodule(function)), compute))["summary"]
+        return runs.read(runs.entry(label, spec, runs.with_imports(inspect.getmodule(function)), compute, wait))["summary"]
 
 
 def build(rung: str, model: VAE, count: int = COUNT) -> Prior:

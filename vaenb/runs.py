@@ -26,7 +26,9 @@ from typing import Any, BinaryIO
 from filelock import FileLock, Timeout
 
 ROOT = Path(__file__).resolve().parents[1]
-PLUMBING = ("vaenb.runs", "vaenb.progress", "vaenb.processes")  # modules that store and show results, and change none
+# Modules that store, share and show results, and change none.
+PLUMBING = ("vaenb.runs", "vaenb.progress", "vaenb.processes", "vaenb.shared")
+HELPER = "VAENB_HELPER"  # in a helper's environment (``vaenb.shared``): checksum and path of its notebook's stamp
 CHECKSUMS = "SHA256SUMS"  # in the format of sha256sum(1), so that anybody can check an entry
 
 
@@ -136,7 +138,7 @@ def entry(
         wait: for another process that computes the same entry, rather than raise ``Busy``.
 
     Raises:
-        Busy: another process computes this entry, and ``wait`` is False.
+        Busy: another process computes this entry, and ``wait`` is False or this process is a helper, which never waits.
         DiskFull: no space left; what was complete stays for the next call.
     """
     name = f"{label}-{key(spec, modules)}"
@@ -144,7 +146,7 @@ def entry(
     folder, partial = store / name, store / f"{name}.partial"
     if folder.is_dir() and not problem_with(folder, spec):
         return folder
-    with exclusive(store / ".locks" / f"{name}.lock", wait):
+    with exclusive(store / ".locks" / f"{name}.lock", wait and HELPER not in os.environ):
         if folder.exists():
             if not (problem := problem_with(folder, spec)):
                 return folder  # another process finished it meanwhile

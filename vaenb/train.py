@@ -12,7 +12,6 @@ import io
 import math
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +20,8 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from vaenb import checkpoints, cpu, data, folders, models, muon, pictures, pixels, processes, runs
+from vaenb import checkpoints, cpu, data, folders, models, muon, pictures, pixels, processes, runs, shared
 from vaenb.config import Config, ConfigError, loss_of
-from vaenb.cpu import one_thread
 from vaenb.progress import Progress
 
 WARM_UP = 0.05  # share of all steps
@@ -80,7 +78,7 @@ class Run:
         """
 
         def compute(_: Path) -> dict[str, Any]:
-            with Progress(f"{self.config.label}: {function.__name__}", 1) as progress, one_thread():
+            with Progress(f"{self.config.label}: {function.__name__}", 1) as progress, cpu.one_thread():
                 result = function(self.model, self.images, **arguments)
                 progress.step()
                 progress.milestone("measured")
@@ -125,30 +123,18 @@ def fit(config: Config, wait: bool = True) -> Run:
 def fit_all(configs: Sequence[Config], measures: Sequence[Callable[..., dict[str, Any]]] = ()) -> list[Run]:
     """``fit`` for each configuration; what another process is busy with is left to it and collected at the end.
 
-    So notebooks that run side by side and want the same runs share the work, with no more between them than the store.
-
     Args:
         configs: what to train.
         measures: functions for ``Run.measure``, so that the results are in the store when the caller asks for them.
     """
-    finished: dict[Config, Run] = {}
-    queue, passed_over = deque(configs), 0
-    with Progress("training runs", len(configs)) as progress:
-        while queue:
-            config = queue.popleft()
-            wait = passed_over > len(queue)  # others are busy with everything that is left
-            try:
-                run = fit(config, wait=wait)
-                for function in measures:
-                    run.measure(function, wait=wait or processes.count() > 1)  # processes of a job must not part ways
-            except runs.Busy:
-                queue.append(config)
-                passed_over += 1
-                continue
-            finished[config] = Run(config, run.folder)  # without the model, which measuring loaded
-            passed_over = 0
-            progress.step()
-    return [finished[config] for config in configs]
+
+    def job(config: Config, wait: bool) -> Run:
+        run = fit(config, wait=wait)
+        for function in measures:
+            run.measure(function, wait=wait or processes.count() > 1)  # processes of a job must not part ways
+        return Run(config, run.folder)  # without the model, which measuring loaded
+
+    return shared.each([functools.partial(job, config) for config in configs], "training runs")
 
 
 def schedule(progress: float) -> float:
@@ -180,7 +166,7 @@ def _train(config: Config, images: data.ImageSet | data.FolderSet, folder: Path)
             kept = f"the checkpoint after epoch {len(history)} is kept in {folder}" if history else "no epoch was completed"
             raise TrainingDiverged(f"loss {loss:g} {when}: lower learning_rate; {kept}. {config}")
 
-    with Progress(config.label, config.epochs * steps, len(history) * steps) as progress, one_thread():
+    with Progress(config.label, config.epochs * steps, len(history) * steps) as progress, cpu.one_thread():
         for epoch in range(len(history), config.epochs):
             draw = torch.Generator().manual_seed(1_000_003 * config.seed + epoch)  # on the CPU: the same for every device
             sums = torch.zeros(2, dtype=torch.float64, device=fabric.device)
