@@ -154,12 +154,27 @@ def test_a_helper_leaves_errors_to_the_process_that_makes_the_figures(project, b
     assert "the reason" in fails()
 
 
-def test_a_machine_executes_two_notebooks_at_least_and_as_many_as_fit(monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("gibibytes", "limits", "expected"),
+    [
+        (64, {}, 16),
+        (16, {}, 6),
+        (1, {}, 2),
+        (64, {"cpu.max": "max 100000", "memory.max": "max"}, 16),
+        (64, {"cpu.max": "450000 100000"}, 4),
+        (64, {"memory.max": str(8 * 2**30)}, 3),
+    ],
+)
+def test_as_many_notebooks_as_a_machine_or_container_has_room_for(
+    gibibytes, limits, expected, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
-    for gibibytes, jobs in ((64, 16), (16, 6), (1, 2)):
-        monkeypatch.setattr(os, "sysconf", lambda name, size=gibibytes: {"SC_PAGE_SIZE": 4096}.get(name, size * 2**18))
-        main(["--jobs"])
-        assert capsys.readouterr().out == f"{jobs}\n"
+    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": gibibytes * 2**18}.get)
+    monkeypatch.setattr(execute, "CONTROL_GROUP", tmp_path)
+    for file, limit in limits.items():
+        (tmp_path / file).write_text(f"{limit}\n")
+    main(["--jobs"])
+    assert capsys.readouterr().out == f"{expected}\n"
 
 
 def test_a_failing_notebook_is_kept_makes_no_figure_and_is_tried_again(project, build):

@@ -10,6 +10,7 @@ import argparse
 import errno
 import hashlib
 import json
+import math
 import os
 import resource
 import shutil
@@ -27,6 +28,7 @@ from vaenb.runs import HELPER, ROOT, Busy, DiskFull, build_folder, exclusive, sh
 
 SOURCE = Path(__file__).resolve().parents[1]  # the kernels must use this checkout, wherever the environment came from
 NOTEBOOKS = ROOT / "notebooks"
+CONTROL_GROUP = Path("/sys/fs/cgroup")  # limits of a container, on Linux
 ROOM = 2.5 * 2**30  # bytes, a little more than the largest notebook takes
 
 
@@ -196,7 +198,17 @@ def times(path: Path) -> str:
 def jobs() -> int:
     """How many notebooks to execute side by side here: one for each core, with ``ROOM`` of memory each; at least two."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(2, min(cores, int(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / ROOM)))
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return max(2, int(min(cores, _allowed("cpu.max"), memory / ROOM, _allowed("memory.max") / ROOM)))
+
+
+def _allowed(file: str) -> float:
+    """A limit of the container that this runs in, infinite without one: cores of ``cpu.max``, bytes of ``memory.max``."""
+    try:
+        amount, *period = (CONTROL_GROUP / file).read_text().split()
+    except OSError:
+        return math.inf
+    return math.inf if amount == "max" else int(amount) / int(*period or [1])
 
 
 def _is_made(stamp: Mapping[str, Any], key: str) -> bool:
