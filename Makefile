@@ -39,7 +39,7 @@ $(READY):
 
 figures: setup  ## train what is missing, execute the notebooks, make the figures
 	@params="$(PARAMS)"; [ -n "$$params" ] || params=$$($(RUN) --dataset $(DATASET) --resolve) || exit 1; \
-	$(MAKE) --no-print-directory $(if $(findstring --jobserver,$(MAKEFLAGS)),,-j$(JOBS)) made PARAMS="$$params" && \
+	$(MAKE) --no-print-directory $(if $(findstring --jobserver,$(MAKEFLAGS)),,-j$(or $(JOBS),2)) made PARAMS="$$params" && \
 	$(RUN) --params "$$params" --times
 
 # A short one first, for whoever waits for a picture; then the long ones, so that side by side they end together. Notebooks that
@@ -54,6 +54,7 @@ HELPERS := helper-1 helper-2 helper-3 helper-4 helper-5 helper-6
 .PHONY: $(BOOKS) $(HELPERS)
 made: $(BOOKS) $(HELPERS)
 $(BOOKS) $(HELPERS): setup
+$(HELPERS): $(filter 02_map_sizes,$(BOOKS))  # so that they do not take its turn while it waits for the maps
 02_map_sizes: $(MAPS)
 
 $(MAPS):

@@ -1,8 +1,10 @@
 import errno
 import json
 import os
+import shutil
 import threading
 import time
+from contextlib import contextmanager
 
 import nbformat
 import pytest
@@ -116,42 +118,64 @@ runs.entry("job", {"n": n}, [], lambda folder: {})
 """
 
 
+@contextmanager
+def making(build):
+    """Somebody makes the figures of the notebook meanwhile."""
+    with runs.exclusive(build / "stamps" / "digits" / "00_demo.lock"):
+        yield
+
+
 def test_a_helper_fills_the_store_and_draws_nothing(project, build, monkeypatch):
     write_notebook(project, JOB + WRITES)
-    run("--helper", "1")
+    with making(build):
+        run("--helper", "1")
     assert list((build / "runs").glob("job-*/SHA256SUMS"))
     assert not (project / "figures").exists()
     assert not list((build / "staging").rglob("*.*"))
     run()
     assert (project / "figures/digits/figure_1.png").exists()
-    monkeypatch.setattr(execute, "_papermill", lambda *_: pytest.fail("it is made: there is nothing to help with"))
+    monkeypatch.setattr(execute, "parameters_for", lambda *_: pytest.fail("it is made: there is nothing to help with"))
+    with making(build):
+        run("--helper", "1")
+
+
+def test_a_helper_helps_nobody_where_nobody_makes_figures(project, build, monkeypatch):
+    write_notebook(project, JOB)
+    monkeypatch.setattr(execute, "PATIENCE", 0.1)
     run("--helper", "1")
+    assert not (build / "runs").exists()
 
 
 def test_a_helper_ends_where_it_would_wait(project, build):
-    write_notebook(project, JOB + WRITES.replace("figure_{n}", "{n}") + JOB.replace("job", "later"))
-    with runs.exclusive(build / "runs" / ".locks" / f"job-{runs.key({'n': 1}, [])}.lock"):
+    write_notebook(project, JOB.replace("job", "earlier") + JOB + JOB.replace("job", "later"))
+    with making(build), runs.exclusive(build / "runs" / ".locks" / f"job-{runs.key({'n': 1}, [])}.lock"):
         run("--helper", "1")
-    assert not list((build / "runs").glob("*/SHA256SUMS"))
+    assert [path.parent.name.split("-")[0] for path in (build / "runs").glob("*/SHA256SUMS")] == ["earlier"]
 
 
-def test_a_helper_ends_when_the_notebook_is_made(project, build):
-    late = "import time\nfrom vaenb import shared\ntime.sleep(120)\n"
-    write_notebook(project, JOB + late)
-    helper = threading.Thread(target=run, args=("--helper", "1"))
-    helper.start()
-    while helper.is_alive() and not list((build / "runs").glob("job-*/SHA256SUMS")):
-        time.sleep(0.1)
-    runs.write_atomically(build / "stamps" / "digits" / "00_demo.json", "{}")
-    helper.join(timeout=60)
+def test_a_helper_ends_with_the_process_that_makes_the_figures(project, build):
+    write_notebook(project, JOB + "import time\nfrom vaenb import shared\ntime.sleep(300)\n")
+    helper = threading.Thread(target=run, args=("--helper", "1"), daemon=True)
+    with making(build):
+        helper.start()
+        while helper.is_alive() and not list((build / "runs").glob("job-*/SHA256SUMS")):
+            time.sleep(0.1)
+        assert helper.is_alive()
+    helper.join(timeout=120)
     assert not helper.is_alive()
 
 
-def test_a_helper_leaves_errors_to_the_process_that_makes_the_figures(project, build):
-    write_notebook(project, JOB + "raise RuntimeError('the reason')")
-    run("--helper", "1")
-    assert not (build / "failed").exists()
-    assert "the reason" in fails()
+@pytest.mark.parametrize("error", [ExecutionError("a cell failed"), RuntimeError("no kernel"), OSError("full")])
+def test_a_helper_leaves_errors_to_the_process_that_makes_the_figures(error, project, build, monkeypatch, capsys):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(execute, "_papermill", fail)
+    with making(build):
+        run("--helper", "1")
+    assert capsys.readouterr().err == ""
+    if isinstance(error, ExecutionError):
+        assert str(error) in fails()
 
 
 @pytest.mark.parametrize(
@@ -163,6 +187,7 @@ def test_a_helper_leaves_errors_to_the_process_that_makes_the_figures(project, b
         (64, {"cpu.max": "max 100000", "memory.max": "max"}, 16),
         (64, {"cpu.max": "450000 100000"}, 4),
         (64, {"memory.max": str(8 * 2**30)}, 3),
+        (64, {"nvidia-smi": ""}, 4),
     ],
 )
 def test_as_many_notebooks_as_a_machine_or_container_has_room_for(
@@ -171,6 +196,7 @@ def test_as_many_notebooks_as_a_machine_or_container_has_room_for(
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
     monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": gibibytes * 2**18}.get)
     monkeypatch.setattr(execute, "CONTROL_GROUP", tmp_path)
+    monkeypatch.setattr(shutil, "which", lambda name: "here" if name in limits else None)
     for file, limit in limits.items():
         (tmp_path / file).write_text(f"{limit}\n")
     main(["--jobs"])

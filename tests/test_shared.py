@@ -34,7 +34,7 @@ def test_it_waits_only_when_others_are_busy_with_all_that_is_left():
     assert {call for call in log[first - 2 : first]} == {("a", False), ("c", False)}
 
 
-def test_a_helper_does_not_wait_at_all():
+def test_where_waiting_is_refused_it_ends():
     def busy(wait):
         raise runs.Busy("for a helper, even when it is told to wait")
 

@@ -10,6 +10,7 @@ import argparse
 import errno
 import hashlib
 import json
+import logging
 import math
 import os
 import resource
@@ -24,11 +25,13 @@ from typing import Any
 import yaml
 
 from vaenb import claims
-from vaenb.runs import HELPER, ROOT, Busy, DiskFull, build_folder, exclusive, sha256, write_atomically
+from vaenb.runs import HELPER, ROOT, DiskFull, build_folder, exclusive, is_held, sha256, write_atomically
 
 SOURCE = Path(__file__).resolve().parents[1]  # the kernels must use this checkout, wherever the environment came from
 NOTEBOOKS = ROOT / "notebooks"
+ON_A_GPU = 4  # processes
 CONTROL_GROUP = Path("/sys/fs/cgroup")  # limits of a container, on Linux
+PATIENCE = 5.0  # seconds that a helper waits for somebody to begin with its notebook
 ROOM = 2.5 * 2**30  # bytes, a little more than the largest notebook takes
 
 
@@ -157,7 +160,7 @@ def execute(notebook: str, path: Path, overrides: Mapping[str, Any]) -> bool:
 def help_with(notebook: str, path: Path, number: int) -> None:
     """Execute a notebook beside the process that makes its figures, for what that leaves in the store (``vaenb.shared``).
 
-    It ends when all that is left is being computed, or the figures are made. Errors are for the other process to report.
+    It ends where it would have to wait, and with that process. Whatever goes wrong is for that process to report.
 
     Args:
         notebook, path: see ``execute``.
@@ -165,18 +168,24 @@ def help_with(notebook: str, path: Path, number: int) -> None:
     """
     source, name = NOTEBOOKS / f"{notebook}.ipynb", f"{notebook}+{number}"
     stamp = build_folder() / "stamps" / path.stem / f"{notebook}.json"
-    if _is_made(_read_stamp(stamp), _key(source, path, {})):
-        return
-    parameters = parameters_for(notebook, path, {})
     staging = build_folder() / "staging" / path.stem / name
-    with suppress(Busy), exclusive(stamp.with_name(f"{name}.lock"), wait=False):
-        os.environ[HELPER] = f"{sha256(stamp) if stamp.exists() else ''} {stamp}"
-        try:
-            with suppress(ExecutionError):
+    with suppress(Exception):
+        if _is_made(_read_stamp(stamp), _key(source, path, {})):
+            return
+        parameters = parameters_for(notebook, path, {})
+        lock, patience = stamp.with_suffix(".lock"), time.monotonic() + PATIENCE
+        while not is_held(lock):
+            if time.monotonic() > patience:
+                return
+            time.sleep(0.5)
+        with exclusive(stamp.with_name(f"{name}.lock"), wait=False):
+            os.environ[HELPER] = str(lock)
+            logging.getLogger("papermill").setLevel(logging.CRITICAL)  # that its kernel ends early is no error
+            try:
                 _papermill(source, _empty(staging) / source.name, parameters, staging)
-        finally:
-            del os.environ[HELPER]
-            shutil.rmtree(staging)
+            finally:
+                del os.environ[HELPER]
+                shutil.rmtree(staging)
 
 
 def refresh(notebook: str) -> None:
@@ -196,10 +205,15 @@ def times(path: Path) -> str:
 
 
 def jobs() -> int:
-    """How many notebooks to execute side by side here: one for each core, with ``ROOM`` of memory each; at least two."""
+    """How many notebooks to execute side by side here: one for each core, with ``ROOM`` of memory each; at least two.
+
+    With a GPU at most ``ON_A_GPU``: processes take turns on it, and share its memory. Of containers, the limits of version 2
+    control groups count.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return max(2, int(min(cores, _allowed("cpu.max"), memory / ROOM, _allowed("memory.max") / ROOM)))
+    gpu = ON_A_GPU if shutil.which("nvidia-smi") else math.inf
+    return max(2, int(min(cores, _allowed("cpu.max"), memory / ROOM, _allowed("memory.max") / ROOM, gpu)))
 
 
 def _allowed(file: str) -> float:
@@ -333,7 +347,7 @@ def main(arguments: list[str] | None = None) -> None:
             return
         path = options.params or parameter_file(options.dataset)
         overrides = {}
-        for assignment in () if options.helper else options.parameter:
+        for assignment in options.parameter if options.helper is None else ():
             name, equals, value = assignment.partition("=")
             if not equals:
                 raise ExecutionError(f"{assignment!r}: expected name=value")
@@ -346,7 +360,7 @@ def main(arguments: list[str] | None = None) -> None:
             parser.error("name a notebook")
         elif options.in_place:
             refresh(options.notebook)
-        elif options.helper:
+        elif options.helper is not None:
             for notebook in [options.notebook, *options.parameter]:
                 help_with(notebook, path, options.helper)
         else:

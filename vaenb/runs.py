@@ -28,7 +28,7 @@ from filelock import FileLock, Timeout
 ROOT = Path(__file__).resolve().parents[1]
 # Modules that store, share and show results, and change none.
 PLUMBING = ("vaenb.runs", "vaenb.progress", "vaenb.processes", "vaenb.shared")
-HELPER = "VAENB_HELPER"  # in a helper's environment (``vaenb.shared``): checksum and path of its notebook's stamp
+HELPER = "VAENB_HELPER"  # in a helper's environment (``vaenb.shared``): the lock of whoever makes its notebook's figures
 CHECKSUMS = "SHA256SUMS"  # in the format of sha256sum(1), so that anybody can check an entry
 
 
@@ -215,6 +215,15 @@ def exclusive(path: Path, wait: bool = True) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def is_held(path: Path) -> bool:
+    """Whether another process holds this file lock."""
+    try:
+        with exclusive(path, wait=False):
+            return False
+    except Busy:
+        return True
 
 
 def _environment() -> dict[str, str]:

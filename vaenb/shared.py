@@ -2,7 +2,8 @@
 
 A notebook's long computations are *jobs*, independent of each other. On a machine with many cores, *helpers* execute the
 same notebook beside it (``python -m vaenb.execute --helper``), so that its jobs are in the store sooner; what helpers draw
-is thrown away. They end where they would have to wait, and when the notebook is made.
+is thrown away. They end where they would have to wait outside of ``each``, where ``each`` leaves them nothing to do, and
+when nobody makes the notebook's figures any longer.
 """
 
 import os
@@ -46,12 +47,11 @@ def each(jobs: Sequence[Callable[[bool], Result]], label: str) -> list[Result]:
     return [results[index] for index in range(len(jobs))]
 
 
-def _end_when_made(stamp: Path, before: str) -> None:
-    while not stamp.exists() or runs.sha256(stamp) == before:
+def _end_with(lock: Path) -> None:
+    while runs.is_held(lock):
         time.sleep(1)
     os._exit(0)  # at any moment, as by kill -9: the store has nothing half-written
 
 
 if runs.HELPER in os.environ:
-    before, _, stamp = os.environ[runs.HELPER].partition(" ")
-    threading.Thread(target=_end_when_made, args=(Path(stamp), before), daemon=True).start()
+    threading.Thread(target=_end_with, args=(Path(os.environ[runs.HELPER]),), daemon=True).start()
