@@ -54,7 +54,7 @@ HELPERS := helper-1 helper-2 helper-3 helper-4 helper-5 helper-6
 .PHONY: $(BOOKS) $(HELPERS)
 made: $(BOOKS) $(HELPERS)
 $(BOOKS) $(HELPERS): setup
-$(HELPERS): $(filter 02_map_sizes,$(BOOKS))  # so that they do not take its turn while it waits for the maps
+$(HELPERS): $(filter $(MAPS),$(BOOKS))  # what 02_map_sizes waits for, so that its turn comes before theirs
 02_map_sizes: $(MAPS)
 
 $(MAPS):
