@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.distributions import kl_divergence
 
-from vaenb.models import ARMS, VAE, ImageSizeError, Residual, SubpixelUp, evaluate, reparametrise
+from vaenb.models import ARMS, VAE, ImageSizeError, Residual, SubpixelUp, ToMap, ToVector, evaluate, reparametrise
 
 STRIDE_OF = {7: 4, 14: 2, 28: 1}
 
@@ -62,6 +62,15 @@ def test_subpixel_up_has_the_phase_before_the_channel():
     up, x = SubpixelUp(3, 2), torch.randn(2, 3, 5, 7)
     phases = up.phases(x).unflatten(1, (4, 2)).transpose(1, 2).flatten(1, 2)
     torch.testing.assert_close(up(x), torch.nn.functional.pixel_shuffle(phases, 2)[..., 1:-1, 1:-1], rtol=0, atol=0)
+
+
+def test_a_map_and_its_vector_are_the_same_memory_where_channels_come_last():
+    x = torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
+    vector = ToVector()(x)
+    assert vector.shape == (2, 60)
+    assert torch.equal(ToMap(3, 4, 5)(vector), x)
+    assert vector.data_ptr() == x.data_ptr() == ToMap(3, 4, 5)(vector).data_ptr()
+    assert torch.equal(vector[:, 3:6], x[:, :, 0, 1])  # the channels of the second position
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])

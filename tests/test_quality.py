@@ -23,6 +23,15 @@ def test_connected_components_of_known_pictures():
     assert quality.connected_components(pictures).tolist() == [0, 1, 1, 3]
 
 
+def test_connected_components_do_not_reach_from_one_picture_to_the_next():
+    pictures = torch.rand(300, 1, 9, 7, generator=torch.Generator().manual_seed(0))
+    pictures[::7] = 0
+    pictures[100:110] = 1
+    alone = [quality.connected_components(picture[None]).item() for picture in pictures]
+    assert quality.connected_components(pictures).tolist() == alone
+    assert {0, 1, 2} < set(alone)
+
+
 def test_data_are_mostly_one_stroke_and_noise_is_not():
     images = load("digits")
     statistics = quality.picture_statistics(Config("digits").build((1, 28, 28)).eval(), images, n=50)

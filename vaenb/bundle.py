@@ -23,7 +23,9 @@ from vaenb.models import VAE
 from vaenb.priors import Prior
 
 DESCRIPTION = "bundle.json"
-FORMAT = 2  # in the first, which named none, the phases of ``models.SubpixelUp`` came after the channels
+# In the first, which named none, the phases of ``models.SubpixelUp`` came after the channels; in the second, positions of
+# the vectors of ``models.ToVector`` did.
+FORMAT = 3
 
 
 class BundleError(ValueError):

@@ -91,7 +91,7 @@ class ImageSet:
             yield train[share(batch).to(device)]
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=8)  # the textures of a notebook take turns
 def load(name: str) -> ImageSet | FolderSet:
     """Load a data set by name.
 

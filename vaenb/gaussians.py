@@ -76,7 +76,7 @@ class Mixture(Prior):
             len(self.means), batch_size=4096, n_init=1, max_iter=20, random_state=torch.initial_seed()
         )
         labels = torch.from_numpy(clusters.fit_predict(part.cpu().numpy())).long().to(z.device)
-        self._maximise(part, lambda _: nn.functional.one_hot(labels, len(self.means)).to(flat), chunk=len(part))
+        self._maximise(part, lambda _: nn.functional.one_hot(labels, len(self.means)).T.to(flat), chunk=len(part))
         for latents, sweeps in zip((part, flat), self.sweeps, strict=True):
             self.refine(latents, sweeps)
 
@@ -104,17 +104,18 @@ class Mixture(Prior):
         return tempered
 
     @torch.no_grad()
-    def _maximise(self, flat: Tensor, responsibilities: Callable[[Tensor], Tensor], chunk: int = 5000) -> None:
-        """One sweep: the weights, means and covariances of latents with these responsibilities, (n, d) -> (n, K)."""
+    def _maximise(self, flat: Tensor, responsibilities: Callable[[Tensor], Tensor], chunk: int = 20_000) -> None:
+        """One sweep: the weights, means and covariances of latents with these responsibilities, (n, d) -> (K, n)."""
         counts, sums, squares = (torch.zeros_like(x) for x in (self.log_weights, self.means, self.whitening))
         for part in flat.split(chunk):
             share = responsibilities(part)
             share = share.where(share > 1e-4, 0)  # most components have no part in most latents
-            counts += share.sum(dim=0)
-            sums += share.T @ part
+            counts += share.sum(dim=1)
+            sums += share @ part
             for k in range(len(counts)):
-                own = share[:, k].nonzero()[:, 0]
-                squares[k] += (part[own] * share[own, k, None]).T @ part[own]
+                own = share[k].nonzero()[:, 0]
+                latents = part[own]
+                squares[k] += (latents.T * share[k, own]) @ latents
         counts = counts.clamp_min(1e-3)
         self.means.copy_(sums / counts[:, None])
         covariances = squares / counts[:, None, None] - self.means[:, :, None] * self.means[:, None, :]
@@ -141,7 +142,7 @@ class Mixture(Prior):
 
     @torch.no_grad()
     def _responsibilities(self) -> Callable[[Tensor], Tensor]:
-        """The share of each component in each latent, (n, d) -> (n, K), faster than by ``_log_joint``.
+        """The share of each component in each latent, (n, d) -> (K, n), faster than by ``_log_joint``.
 
         A Gaussian's log density is linear in the entries of z and in the products of two of them, so that one matrix product
         gives those of all components. Rounding is larger, which is why densities are not computed like this.
@@ -160,9 +161,9 @@ class Mixture(Prior):
             parts = []
             for part in flat.split(at_once):
                 z = (part - centre).T.contiguous()
-                scores = torch.addmm(constant[:, None], linear, z).addmm_(quadratic, z[first] * z[second])
-                parts.append(scores.softmax(dim=0).T)
-            return torch.cat(parts)
+                products = torch.cat([z[i] * z[i:] for i in range(len(z))])  # in the order of ``triu_indices``
+                parts.append(torch.addmm(constant[:, None], linear, z).addmm_(quadratic, products).softmax(dim=0))
+            return torch.cat(parts, dim=1)
 
         return share
 
@@ -189,7 +190,7 @@ class FullGaussian(Mixture):
 
     def _fit(self, z: Tensor) -> None:
         _check_varies(z)
-        self._maximise(z.flatten(1), lambda part: part.new_ones(len(part), 1))
+        self._maximise(z.flatten(1), lambda part: part.new_ones(1, len(part)))
 
 
 def _check_varies(z: Tensor) -> None:

@@ -6,6 +6,7 @@ A *rung* is a kind of prior with its settings. Fitted priors are kept in the run
 import copy
 import functools
 import inspect
+import itertools
 import math
 import sys
 import time
@@ -203,8 +204,11 @@ def _kind(rung: str) -> tuple[type[Prior], dict[str, Any]]:
 def _draws(model: VAE, images: Tensor | Crops, count: int, each: int = 1) -> Tensor:
     """``count`` times ``each`` draws of z: each image is encoded as often as that takes, or some of them once."""
     chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count].sort().values
-    parts = chosen.split(PART) * math.ceil(count / len(images))  # those of a folder are decoded part by part
-    z = torch.cat([dependence.aggregate(model, images[part], 1 + i, each) for i, part in enumerate(parts)])[: count * each]
+    parts = itertools.cycle(chosen.split(PART))  # those of a folder are decoded part by part
+    drawn: list[Tensor] = []
+    while sum(map(len, drawn)) < count * each:
+        drawn.append(dependence.aggregate(model, images[next(parts)], 1 + len(drawn), each))
+    z = torch.cat(drawn)[: count * each]
     return z if each == 1 else z[torch.randperm(len(z), generator=torch.Generator().manual_seed(0))]
 
 

@@ -127,6 +127,29 @@ class AcrossPositions(nn.Linear):
         return F.linear(x.flatten(2), self.weight * self.near, self.bias).view_as(x)
 
 
+class ToVector(nn.Module):
+    """Map to vector, position by position, with the channels of a position together: as they lie where channels come last.
+
+    ``nn.Flatten`` goes channel by channel: it copies, and the gradients that come back make the layers before it slow.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, h, w) -> (N, h · w · C)."""
+        return x.permute(0, 2, 3, 1).flatten(1)
+
+
+class ToMap(nn.Module):
+    """Undoes ``ToVector``."""
+
+    def __init__(self, channels: int, height: int, width: int):
+        super().__init__()
+        self.last = (height, width, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, h · w · C) -> (N, C, h, w)."""
+        return x.unflatten(1, self.last).permute(0, 3, 1, 2)
+
+
 class WithCoordinates(nn.Module):
     """Appends two channels that say where a position lies: row and column, from −1 to 1 (Liu et al. 2018, CoordConv)."""
 
@@ -212,8 +235,8 @@ class VAE(nn.Module):
         if arm == "dense":
             self.latent_shape = (latents or latent_channels * height * width,)
             flat = inner * height * width
-            self.to_latent = nn.Sequential(nn.Flatten(), nn.Linear(flat, 2 * self.latent_shape[0]))
-            self.from_latent = nn.Sequential(nn.Linear(self.latent_shape[0], flat), nn.Unflatten(1, (inner, height, width)))
+            self.to_latent = nn.Sequential(ToVector(), nn.Linear(flat, 2 * self.latent_shape[0]))
+            self.from_latent = nn.Sequential(nn.Linear(self.latent_shape[0], flat), ToMap(inner, height, width))
         else:
             self.latent_shape = (latent_channels, height, width)
             across = [[AcrossPositions(height, width, reach)] if arm == "mixed" else [] for _ in range(2)]

@@ -21,6 +21,7 @@ from vaenb.data import binarise
 
 LIKELIHOODS = ("bernoulli", "logistic", "gaussian")
 LEVELS = 255  # steps between the darkest and the brightest grey value
+FAR = 1e6  # standard deviations out, where nothing is left
 LEAST_LOG_SCALE = -7.0  # a quarter of a grey value: a narrower distribution is nearly all in one bin
 
 
@@ -46,16 +47,18 @@ class Discretised(Distribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log probability of grey values in {0, 1/255, …, 1}, nats."""
-        half = 0.5 / LEVELS
-        upper, lower = ((value - self.location + side * half) / self.scale for side in (1, -1))
-        lowest, highest = value < half, value > 1 - half
-        log_cdf = F.logsigmoid if self.family == "logistic" else torch.special.log_ndtr
-        # P(lower < x < upper), mirrored to the lower tail, where cumulative probabilities keep their digits
-        mirrored = upper + lower > 0
+        # Contiguous, as the value is: elementwise operations on two layouts of memory are slow.
+        centred, half = (value - self.location.contiguous()) / self.scale, 0.5 / LEVELS / self.scale
+        upper, lower = centred + half, centred - half
+        lowest, highest = value < 0.5 / LEVELS, value > 1 - 0.5 / LEVELS
+        if self.family == "logistic":  # F(upper) − F(lower) = F(upper) F(−lower) (1 − exp(lower − upper))
+            below, above = F.logsigmoid(upper).where(~highest, 0), F.logsigmoid(-lower).where(~lowest, 0)
+            return below + above + torch.log(-torch.expm1(-2 * half)).where(~(lowest | highest), 0)
+        # Mirrored to the lower tail, where cumulative probabilities keep their digits
+        mirrored = (centred > 0) & ~lowest | highest
         top, bottom = torch.where(mirrored, -lower, upper), torch.where(mirrored, -upper, lower)
-        log_top = log_cdf(top)
-        inside = log_top + torch.log(-torch.expm1((log_cdf(bottom) - log_top).clamp_max(-1e-7)))
-        return torch.where(lowest, log_cdf(upper), torch.where(highest, log_cdf(-lower), inside))
+        log_top, log_bottom = (torch.special.log_ndtr(x) for x in (top, bottom.masked_fill(lowest | highest, -FAR)))
+        return log_top + torch.log(-torch.expm1((log_bottom - log_top).clamp_max(-1e-7)))
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Grey values in {0, 1/255, …, 1}."""

@@ -8,6 +8,7 @@ left is handed to the next one, and a folder whose files do not match their chec
 
 import ast
 import errno
+import functools
 import hashlib
 import inspect
 import json
@@ -90,12 +91,7 @@ def sha256(path: Path) -> str:
 
 def code_of(module: ModuleType) -> str:
     """A module's source without comments, docstrings and layout: what can change a result, and nothing else."""
-    tree = ast.parse(inspect.getsource(module))
-    for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
-            node.body = body[1:] or [ast.Pass()]
-    return ast.unparse(tree)
+    return _code(inspect.getsource(module))
 
 
 def with_imports(module: ModuleType) -> list[ModuleType]:
@@ -107,10 +103,7 @@ def with_imports(module: ModuleType) -> list[ModuleType]:
         if here.__name__ in found or here.__name__ in PLUMBING:
             continue
         found[here.__name__] = here
-        for node in ast.walk(ast.parse(inspect.getsource(here))):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("vaenb"):
-                names = [f"{node.module}.{alias.name}" for alias in node.names] + [node.module]
-                waiting += [sys.modules[name] for name in names if name in sys.modules and name != "vaenb"]
+        waiting += [sys.modules[name] for name in _imports(inspect.getsource(here)) if name in sys.modules]
     return [found[name] for name in sorted(found)]
 
 
@@ -229,3 +222,23 @@ def is_held(path: Path) -> bool:
 def _environment() -> dict[str, str]:
     packages = {name: version(name) for name in ("torch", "numpy")}
     return {"python": platform.python_version(), "machine": platform.machine(), "system": platform.system(), **packages}
+
+
+@functools.cache  # hundreds of entries depend on the same few modules, and parsing takes long
+def _code(source: str) -> str:
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
+            node.body = body[1:] or [ast.Pass()]
+    return ast.unparse(tree)
+
+
+@functools.cache
+def _imports(source: str) -> list[str]:
+    """Names of modules of the package that a source may import: ``from vaenb.a import b`` may mean ``vaenb.a.b``, too."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("vaenb"):
+            found += [f"{node.module}.{alias.name}" for alias in node.names] + [node.module]
+    return [name for name in found if name != "vaenb"]

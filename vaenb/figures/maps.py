@@ -31,24 +31,24 @@ def latent_maps(images: np.ndarray, means: np.ndarray, scales: np.ndarray, sampl
         samples: decoded prior draws, uint8, (m, H, W).
         title: of the figure.
     """
-    classes, count = images.shape[:2]
-    limit = _limit(means)
-    with styled(9.6, title) as figure:
-        top, bottom = figure.subfigures(2, 1, height_ratios=[7.6, 2.0])
-        grid = top.subplots(classes, 3 * count, gridspec_kw={"wspace": 0.03, "hspace": 0.03})
-        for digit in range(classes):
-            for example in range(count):
-                picture, mean, scale = grid[digit, 3 * example : 3 * example + 3]
-                picture.imshow(images[digit, example], cmap=INK, vmin=0, vmax=255)
-                centre = mean.imshow(means[digit, example], cmap=DIVERGING, vmin=-limit, vmax=limit)
-                spread = scale.imshow(scales[digit, example], cmap=SEQUENTIAL, vmin=0, vmax=1)
-                for axes, name in ((picture, "image"), (mean, "mean μ"), (scale, "scale σ")):
-                    bare(axes, name if digit == 0 else "", bold=False)
-        bars = {"extend": "both", "fraction": 0.04, "pad": 0.01, "aspect": 40}
-        top.colorbar(centre, ax=grid, location="right", label="posterior mean μ", **bars)
-        top.colorbar(
-            spread, ax=grid, location="right", label="posterior scale σ (the prior's is 1)", **{**bars, "extend": "max"}
-        )
+    columns = [
+        ("image", images, {"cmap": INK, "vmin": 0, "vmax": 255}),
+        ("mean μ", means, {"cmap": DIVERGING, "vmin": -_limit(means), "vmax": _limit(means)}),
+        ("scale σ", scales, {"cmap": SEQUENTIAL, "vmin": 0, "vmax": 1}),
+    ] * images.shape[1]
+    with styled(8.8, title) as figure:
+        top, bottom = figure.subfigures(2, 1, height_ratios=[6.8, 2.0])
+        grid = top.subplots(1, len(columns), gridspec_kw={"wspace": 0.03})
+        shown = []
+        for index, (axes, (name, values, colours)) in enumerate(zip(grid, columns, strict=True)):
+            # A picture for each column, its tiles as large as the images: many axes take long to lay out.
+            side = images.shape[-1] // values.shape[-1]
+            tiles = np.kron(values[:, index // 3], np.ones((1, side, side)))
+            shown.append(axes.imshow(mosaic(tiles, 1, fill=np.nan), **colours))
+            bare(axes, name, bold=False)
+        bars = {"location": "right", "fraction": 0.04, "pad": 0.01, "aspect": 40}
+        top.colorbar(shown[1], ax=grid, label="posterior mean μ", extend="both", **bars)
+        top.colorbar(shown[2], ax=grid, label="posterior scale σ (the prior's is 1)", extend="max", **bars)
         show_ink(bottom.subplots(), samples, 20, "Decoded prior samples, z ~ N(0, I), of the same model")
     return figure
 

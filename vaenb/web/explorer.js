@@ -70,12 +70,14 @@ const Explorer = (() => {
       h = convolution(z, model.shape[1], w["from_latent.0.weight"], w["from_latent.0.bias"]);
     } else {
       const {shape: [out, size], data} = w["from_latent.0.weight"];
+      const channels = w["decoder.1.phases.weight"].shape[1], positions = out / channels;
       const output = new Float32Array(out);
-      for (let o = 0; o < out; o++) {
-        output[o] = w["from_latent.0.bias"].data[o];
-        for (let i = 0; i < size; i++) output[o] += data[o * size + i] * z[i];
+      for (let o = 0; o < out; o++) {  // the channels of a position are together, in maps they are apart
+        let sum = w["from_latent.0.bias"].data[o];
+        for (let i = 0; i < size; i++) sum += data[o * size + i] * z[i];
+        output[(o % channels) * positions + Math.floor(o / channels)] = sum;
       }
-      h = {output, side: Math.round(Math.sqrt(out / w["decoder.1.phases.weight"].shape[1]))};
+      h = {output, side: Math.round(Math.sqrt(positions))};
     }
     for (const layer of ["decoder.1.phases", "decoder.3.phases"]) {
       h = up(h.output.map(gelu), h.side, w[`${layer}.weight`], w[`${layer}.bias`]);
