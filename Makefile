@@ -49,7 +49,7 @@ MAPS := 02_latent_maps-28 02_latent_maps-14 02_latent_maps-7
 BOOKS := 02_latent_maps-7 07_trained_jointly 02_latent_maps-28 07_priors 05_locality 08_any_size 01_symptom 02_latent_maps-14 06_controls 04_cause 03_bug_hunt 02_map_sizes
 WITH = $(if $(PARAMS),--params "$(PARAMS)",--dataset $(DATASET))
 # Where there are more cores than notebooks to execute, helpers execute the longest ones beside the first and share their work.
-LONGEST := 07_trained_jointly 05_locality 08_any_size 07_priors
+LONGEST := 07_trained_jointly 05_locality 08_any_size 07_priors 06_controls 03_bug_hunt 01_symptom 04_cause
 HELPERS := helper-1 helper-2 helper-3 helper-4 helper-5 helper-6
 .PHONY: $(BOOKS) $(HELPERS)
 made: $(BOOKS) $(HELPERS)

@@ -119,6 +119,8 @@ def test_draws_are_as_many_of_each_posterior_as_one_asks_for(run):
     z = ladder._draws(run.model, images, count=200, each=3)
     assert z.shape == (600, *run.model.latent_shape)
     assert len(torch.unique(z, dim=0)) == 600
+    once = ladder._draws(run.model, images, count=200)
+    assert torch.equal(ladder._draws(run.model, images, count=150), once[:150])  # the second pass ends early
     many = dependence.aggregate(run.model, images[:2], seed=1, each=2000).view(2000, 2, -1)
     assert torch.equal(many[0], dependence.aggregate(run.model, images[:2], seed=1).flatten(1))
     pixels, _ = dependence.noise_sources(1)

@@ -29,6 +29,23 @@ def test_a_bin_has_the_probability_between_its_edges(family):
 
 
 @pytest.mark.parametrize("family", ["logistic", "gaussian"])
+def test_each_channel_has_its_own_scale_and_the_layout_of_memory_does_not_matter(family):
+    torch.manual_seed(0)
+    location, log_scale = torch.rand(2, 3, 5, 7).double().requires_grad_(), torch.tensor([-1.5, -1.0, -0.5]).double()
+    value = (torch.rand(2, 3, 5, 7) * 1.4 - 0.2).clamp(0, 1).mul(255).round().double() / 255
+    scale = log_scale.exp()[:, None, None]
+    cdf = torch.sigmoid if family == "logistic" else torch.special.ndtr
+    edges = (value + 0.5 / 255 - location) / scale, (value - 0.5 / 255 - location) / scale
+    upper, lower = torch.where(value == 1, 1, cdf(edges[0])), torch.where(value == 0, 0, cdf(edges[1]))
+    expected = (upper - lower).log()
+    (gradient,) = torch.autograd.grad(expected.sum(), location)
+    last = location.detach().float().contiguous(memory_format=torch.channels_last).requires_grad_()
+    single = pixels.Discretised(last, scale.float(), family).log_prob(value.float())
+    torch.testing.assert_close(single.double(), expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(torch.autograd.grad(single.sum(), last)[0].double(), gradient, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("family", ["logistic", "gaussian"])
 def test_tails_keep_finite_gradients_in_single_precision(family):
     location = torch.tensor([-2.0, 0.0, 0.5, 1.0, 3.0]).repeat_interleave(3).requires_grad_()
     log_scale = torch.full((15,), -7.0, requires_grad=True)

@@ -319,6 +319,15 @@ def test_responsibilities_of_many_latents_far_from_zero_are_precise_enough():
     assert torch.allclose(mixture.float()._responsibilities()(z).T, exact, atol=1e-3)
 
 
+def test_a_sweep_in_parts_is_a_sweep_over_all_latents():
+    z = moons().flatten(1)
+    whole, parts = (new("mixture").fit(moons()) for _ in range(2))
+    whole._maximise(z, whole._responsibilities(), chunk=len(z))
+    parts._maximise(z, parts._responsibilities(), chunk=700)
+    for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+
+
 def test_flipping_the_sign_of_a_whitening_changes_no_density():
     # Gradients may carry a diagonal entry through zero: U and −U have the same covariance.
     mixture, z = new("mixture").fit(moons()), moons()[:100]

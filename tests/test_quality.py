@@ -30,6 +30,7 @@ def test_connected_components_do_not_reach_from_one_picture_to_the_next():
     alone = [quality.connected_components(picture[None]).item() for picture in pictures]
     assert quality.connected_components(pictures).tolist() == alone
     assert {0, 1, 2} < set(alone)
+    assert quality.connected_components(pictures[:0]).shape == (0,)
 
 
 def test_data_are_mostly_one_stroke_and_noise_is_not():

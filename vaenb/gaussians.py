@@ -155,7 +155,8 @@ class Mixture(Prior):
         means = self.means - centre
         linear = (precisions @ means[:, :, None])[:, :, 0]
         constant = self._log_peaks() - 0.5 * (linear * means).sum(dim=1)
-        at_once = max(1, 600_000 // len(first))  # latents whose products fit into a cache
+        # Latents whose products fit into a cache, and so many that operations are not too small; GPUs want larger ones.
+        at_once = max(32, (600_000 if upper.device.type == "cpu" else 30_000_000) // len(first))
 
         def share(flat: Tensor) -> Tensor:
             parts = []

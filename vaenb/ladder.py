@@ -6,7 +6,6 @@ A *rung* is a kind of prior with its settings. Fitted priors are kept in the run
 import copy
 import functools
 import inspect
-import itertools
 import math
 import sys
 import time
@@ -204,11 +203,12 @@ def _kind(rung: str) -> tuple[type[Prior], dict[str, Any]]:
 def _draws(model: VAE, images: Tensor | Crops, count: int, each: int = 1) -> Tensor:
     """``count`` times ``each`` draws of z: each image is encoded as often as that takes, or some of them once."""
     chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count].sort().values
-    parts = itertools.cycle(chosen.split(PART))  # those of a folder are decoded part by part
-    drawn: list[Tensor] = []
-    while sum(map(len, drawn)) < count * each:
-        drawn.append(dependence.aggregate(model, images[next(parts)], 1 + len(drawn), each))
-    z = torch.cat(drawn)[: count * each]
+    parts, drawn = [], 0  # those of a folder are decoded part by part
+    for part in chosen.split(PART) * math.ceil(count / len(images)):
+        if drawn < count:  # the last pass may end early
+            parts.append(dependence.aggregate(model, images[part], 1 + len(parts), each))
+            drawn += len(part)
+    z = torch.cat(parts)[: count * each]
     return z if each == 1 else z[torch.randperm(len(z), generator=torch.Generator().manual_seed(0))]
 
 

@@ -21,7 +21,7 @@ from vaenb.data import binarise
 
 LIKELIHOODS = ("bernoulli", "logistic", "gaussian")
 LEVELS = 255  # steps between the darkest and the brightest grey value
-FAR = 1e6  # standard deviations out, where nothing is left
+FAR = 1e6  # standard deviations out, where nothing is left and gradients are still finite
 LEAST_LOG_SCALE = -7.0  # a quarter of a grey value: a narrower distribution is nearly all in one bin
 
 

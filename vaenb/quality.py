@@ -56,9 +56,10 @@ def connected_components(images: Tensor, threshold: float = 0.5) -> np.ndarray:
     inked = images[:, 0].cpu().numpy() > threshold
     neighbours = np.zeros((3, 3, 3))
     neighbours[1] = 1  # within an image, and not from one to the next
-    labels, _ = ndimage.label(inked, structure=neighbours)
-    # Numbers go on from image to image; one without ink has none.
-    return np.diff(np.maximum.accumulate(labels.reshape(len(labels), -1).max(axis=1, initial=0)), prepend=0)
+    labels, count = ndimage.label(inked, structure=neighbours)
+    image_of = np.zeros(count + 1, dtype=int)
+    image_of[labels] = np.arange(len(labels))[:, None, None]
+    return np.bincount(image_of[1:], minlength=len(labels))
 
 
 def picture_statistics(model: VAE, images: ImageSet, n: int = 10_000) -> dict[str, Any]:
@@ -152,13 +153,10 @@ def density_coverage(reference: np.ndarray, samples: np.ndarray, k: int = 5) -> 
             f"k={k}: choose 1 to {len(reference) - 1} neighbours for {len(reference)} reference images, "
             f"and give at least one sample (there are {len(samples)})"
         )
-    # |r − s|² − radius² < 0 as one matrix product, in single precision, about the mean, which keeps its rounding small; in
-    # parts that fit into a cache.
-    radii, mean = _radii(reference.tobytes(), reference.shape[1], k), reference.mean(axis=0)
-    reference, samples = reference - mean, samples - mean
-    limits = np.square(reference).sum(axis=1) - np.square(radii)
-    left = np.column_stack([-2 * reference, np.ones(len(reference)), limits]).astype(np.float32)
-    right = np.column_stack([samples, np.square(samples).sum(axis=1), np.ones(len(samples))]).astype(np.float32).T.copy()
+    # |r − s|² − radius² < 0 as one matrix product, in parts that fit into a cache
+    limits = np.square(reference).sum(axis=1) - np.square(_radii(reference.tobytes(), reference.shape[1], k))
+    left = np.column_stack([-2 * reference, np.ones(len(reference)), limits])
+    right = np.column_stack([samples, np.square(samples).sum(axis=1), np.ones(len(samples))]).T.copy()
     parts = (left[i : i + 64] @ right < 0 for i in range(0, len(left), 64))
     inside = np.concatenate([np.count_nonzero(part, axis=1) for part in parts])
     return float(inside.sum() / (k * len(samples))), float((inside > 0).mean())

@@ -235,10 +235,10 @@ def _code(source: str) -> str:
 
 
 @functools.cache
-def _imports(source: str) -> list[str]:
+def _imports(source: str) -> tuple[str, ...]:
     """Names of modules of the package that a source may import: ``from vaenb.a import b`` may mean ``vaenb.a.b``, too."""
     found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("vaenb"):
             found += [f"{node.module}.{alias.name}" for alias in node.names] + [node.module]
-    return [name for name in found if name != "vaenb"]
+    return tuple(name for name in found if name != "vaenb")
