@@ -175,7 +175,7 @@ def benchmark(epochs: int, sampler_epochs: int, count: int) -> list[dict[str, An
         "N(0, I)": lambda: StandardNormal((1, 7, 7)),
         "per position": lambda: PositionGaussian((1, 7, 7)),
         "full Gaussian": lambda: FullGaussian((1, 7, 7)),
-        "mixture of 30": lambda: Mixture((1, 7, 7), 30, sweeps=(5, 1)),
+        "mixture of 30": lambda: Mixture((1, 7, 7), 30),
         "mixture of 150": lambda: Mixture((1, 7, 7), 150),
         "two-stage VAE": lambda: TwoStage((1, 7, 7), epochs=3),
         "VampPrior": lambda: Vamp(vae, 500, batch_size=512, learning_rate=0.1),
