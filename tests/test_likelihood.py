@@ -34,8 +34,11 @@ def test_importance_weighted_bound_reaches_the_integrated_likelihood():
     truth = -exact(model, everything.float() / 255)
     assert (-truth).exp().sum().item() == pytest.approx(1, abs=1e-4)  # the integral is right: probabilities sum to one
     weights = likelihood.log_weights(model, everything, k=5000)
-    torch.testing.assert_close(likelihood.negative_log_likelihood(weights), truth, atol=0.02, rtol=0)
-    bounds = [likelihood.negative_log_likelihood(weights[:k]).mean() for k in (1, 10, 5000)]
+    error = weights.softmax(0).std(0) * len(weights) ** 0.5  # of the mean weight, relative to it
+    assert error.max() < 0.02
+    assert ((likelihood.negative_log_likelihood(weights) - truth).abs() < 4 * error).all()
+    groups = (weights.unflatten(0, (-1, k)).transpose(0, 1).flatten(1) for k in (1, 10, 5000))  # k draws for each bound
+    bounds = [likelihood.negative_log_likelihood(group).mean() for group in groups]
     assert bounds[0] > bounds[1] > bounds[2]
     assert (-weights.mean(0) > truth).all()  # −ELBO bounds from above
 
