@@ -113,7 +113,7 @@ def kill(checkout: Path, kills: int, whole: float, draw: random.Random) -> None:
     """SIGKILL for everything at random moments, so many times; then to the end."""
     for index in range(kills):
         running = start(checkout)
-        time.sleep(draw.uniform(0.5, whole / 6))
+        time.sleep(draw.uniform(0.5, whole * 2 / kills))  # in all about as long as an undisturbed run
         if running.poll() is not None:
             sys.exit(f"FAILED: it ended before kill {index + 1}, with status {running.returncode}")
         os.killpg(running.pid, signal.SIGKILL)
