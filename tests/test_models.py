@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.distributions import kl_divergence
 
-from vaenb.models import ARMS, VAE, ImageSizeError, Residual, SubpixelUp, ToMap, ToVector, evaluate, reparametrise
+from vaenb.models import ARMS, VAE, Conv2d, ImageSizeError, Residual, SubpixelUp, ToMap, ToVector, evaluate, reparametrise
 
 STRIDE_OF = {7: 4, 14: 2, 28: 1}
 
@@ -40,6 +40,17 @@ def test_every_parameter_gets_a_gradient(arm):
     (rate + distortion).mean().backward()
     for name, parameter in vae.named_parameters():
         assert parameter.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize(("kernel_size", "stride", "padding"), [((3, 5), 1, (1, 2)), (4, 2, 1)])
+def test_circular_padding_is_that_of_pytorch_and_leaves_channels_last(kernel_size, stride, padding):
+    torch.manual_seed(0)
+    layers = (Conv2d, torch.nn.Conv2d)
+    ours, theirs = (layer(6, 4, kernel_size, stride, padding, padding_mode="circular") for layer in layers)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 6, 8, 6).contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(ours(x), theirs(x))
+    assert ours(x).is_contiguous(memory_format=torch.channels_last)
 
 
 def test_subpixel_up_is_a_transposed_convolution():

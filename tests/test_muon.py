@@ -12,7 +12,7 @@ def test_singular_values_become_about_one_and_singular_vectors_stay(shape):
     torch.manual_seed(0)
     left, _, right = torch.linalg.svd(torch.randn(shape), full_matrices=False)
     values = torch.logspace(0, -3, len(right))
-    inside = left.T @ orthogonalised(left @ torch.diag(values) @ right) @ right.T
+    inside = left.T @ orthogonalised((left @ torch.diag(values) @ right)[None])[0] @ right.T
     torch.testing.assert_close(inside, torch.diag(inside.diagonal()), atol=1e-3, rtol=0)
     damped = values / (values**2 + DAMPING * (values**2).sum()).sqrt()
     assert (inside.diagonal() / damped).min() > 0.65
@@ -22,8 +22,26 @@ def test_singular_values_become_about_one_and_singular_vectors_stay(shape):
 def test_what_is_orthogonal_does_not_depend_on_scale_and_zero_stays_zero():
     torch.manual_seed(0)
     matrix = torch.randn(8, 20)
-    torch.testing.assert_close(orthogonalised(1e-6 * matrix), orthogonalised(1e6 * matrix), rtol=1e-3, atol=1e-4)
-    assert torch.equal(orthogonalised(torch.zeros(3, 5)), torch.zeros(3, 5))
+    small, large, zero = orthogonalised(torch.stack([1e-6 * matrix, 1e6 * matrix, 0 * matrix]))
+    torch.testing.assert_close(small, large, rtol=1e-3, atol=1e-4)
+    assert torch.equal(zero, 0 * matrix)
+
+
+def test_matrices_of_one_shape_take_together_the_steps_that_each_takes_alone():
+    torch.manual_seed(0)
+    shapes = [(6, 10), (10, 6), (6, 10), (6, 5, 1, 2), (4, 4)]  # (6, 5, 1, 2) is (6, 10), too
+    together = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+    alone = [nn.Parameter(weight.detach().clone()) for weight in together]
+    shared = Muon([{"params": together, "matrices": True}], 0.1)
+    own = [Muon([{"params": [weight], "matrices": True}], 0.1) for weight in alone]
+    for _ in range(3):
+        for one, other in zip(together, alone, strict=True):
+            one.grad = torch.randn_like(one)
+            other.grad = one.grad.clone()
+        for optimiser in (shared, *own):
+            optimiser.step()
+    for one, other in zip(together, alone, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_steps_of_matrices_have_one_size_whatever_their_shape_and_gradient():
@@ -63,11 +81,11 @@ def test_matrices_are_the_weights_that_mix_channels():
     assert matrices["matrices"]
     assert "matrices" not in rest
     named = {names[id(parameter)] for parameter in matrices["params"]}
-    assert {"encoder.2.weight", "to_latent.0.weight", "to_latent.1.weight", "decoder.0.branch.1.weight"} <= named
+    assert {"encoder.2.weight", "to_latent.0.weight", "to_latent.1.weight", "decoder.0.across.0.weight"} <= named
     assert not named & {
         "encoder.0.weight",
         "from_latent.1.weight",
-        "decoder.0.branch.0.weight",
+        "decoder.0.within.weight",
         "encoder.2.bias",
     }
     assert any(parameter is prior.means for parameter in rest["params"])
@@ -113,4 +131,4 @@ def test_steps_are_those_of_momentum_whose_singular_values_are_made_alike():
 
 def test_vanishing_gradients_move_nothing_far():
     for scale in (1e-20, 1e-30, 1e-40):
-        assert orthogonalised(scale * torch.randn(8, 20)).abs().max() < 2
+        assert orthogonalised(scale * torch.randn(1, 8, 20)).abs().max() < 2

@@ -159,7 +159,7 @@ def test_gaussians_and_mixtures_have_the_densities_of_torch():
     assert torch.allclose(position.log_prob(z), expected, atol=1e-4)
     expected = MultivariateNormal(flat.mean(dim=0), flat.T.cov()).log_prob(flat)
     assert torch.allclose(full.log_prob(z), expected, atol=2e-2)
-    components = MultivariateNormal(mixture.means, precision_matrix=mixture.whitening @ mixture.whitening.mT)
+    components = MultivariateNormal(mixture.means, precision_matrix=mixture.whitening.mT @ mixture.whitening)
     expected = MixtureSameFamily(Categorical(logits=mixture.log_weights), components).log_prob(flat)
     assert torch.allclose(mixture.log_prob(z), expected, atol=1e-3)
 
@@ -167,7 +167,7 @@ def test_gaussians_and_mixtures_have_the_densities_of_torch():
 def test_a_tempered_mixture_is_a_density_with_covariances_that_many_times_as_large():
     mixture, z = fitted("mixture"), moons()
     cold = mixture.tempered(0.5)
-    precision = (mixture.whitening @ mixture.whitening.mT) / 0.5**2
+    precision = (mixture.whitening.mT @ mixture.whitening) / 0.5**2
     components = MultivariateNormal(mixture.means, precision_matrix=precision)
     expected = MixtureSameFamily(Categorical(logits=mixture.log_weights), components).log_prob(z.flatten(1))
     assert torch.allclose(cold.log_prob(z), expected, atol=1e-3)
@@ -302,6 +302,15 @@ def test_a_sweep_of_expectation_maximisation_never_loses_likelihood():
     assert likelihoods[-1] > likelihoods[0] + 0.01
 
 
+def test_gradients_of_a_mixture_are_those_of_finite_differences():
+    torch.manual_seed(0)
+    mixture = Mixture((3,), components=4).double()
+    for parameter in mixture.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    z = torch.randn(5, 3, dtype=torch.double, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda z, *_: mixture._log_prob(z), (z, *mixture.parameters()))  # changed in place
+
+
 def test_responsibilities_are_the_shares_of_components_in_the_density():
     mixture = new("mixture").fit(moons()).double()
     mixture.log_weights.data += 3  # only their differences count
@@ -329,7 +338,7 @@ def test_a_sweep_in_parts_is_a_sweep_over_all_latents():
 
 
 def test_flipping_the_sign_of_a_whitening_changes_no_density():
-    # Gradients may carry a diagonal entry through zero: U and −U have the same covariance.
+    # Gradients may carry a diagonal entry through zero: W and −W have the same covariance.
     mixture, z = new("mixture").fit(moons()), moons()[:100]
     before = mixture.log_prob(z)
     mixture.whitening.data[:4] *= -1

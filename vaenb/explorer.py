@@ -59,10 +59,10 @@ def _gaussians(prior: Mixture) -> dict[str, Any]:
     """Weights, means and factors: z = mean + factor · ε with ε ~ N(0, I)."""
     if not isinstance(prior, Mixture):
         raise ValueError(f"the explorer draws from Gaussians and mixtures of them, not from {type(prior).__name__}")
-    upper = prior.whitening.triu()
-    identity = torch.eye(upper.shape[1]).expand_as(upper)
-    factors = torch.linalg.solve_triangular(upper, identity, upper=True).mT  # (z − μ) U = ε, as rows
-    rows, columns = torch.tril_indices(*upper.shape[1:])
+    lower = prior.whitening.tril()
+    identity = torch.eye(lower.shape[1]).expand_as(lower)
+    factors = torch.linalg.solve_triangular(lower, identity, upper=False)  # W (z − μ) = ε
+    rows, columns = torch.tril_indices(*lower.shape[1:])
     return {
         "weights": figures.encode(prior.log_weights.softmax(dim=0).numpy()),
         "means": figures.encode(prior.means.detach().numpy()),

@@ -22,13 +22,23 @@ TILE = 256  # patches along each side of what the velocity is computed of at onc
 
 
 class Flow(Learned):
-    """Masked autoregressive flow of rational-quadratic splines (Durkan et al. 2019; Papamakarios et al. 2017), from zuko."""
+    """Masked autoregressive flow of rational-quadratic splines (Durkan et al. 2019; Papamakarios et al. 2017), from zuko.
+
+    Args:
+        shape, training: see ``Learned``.
+        transforms, hidden: of the flow, and of the network in each.
+        passes: of each network through which samples go: latents are drawn in as many groups, one after the other, each
+            given the groups before it; None: one by one.
+    """
 
     differentiable = True
 
-    def __init__(self, shape: Sequence[int], transforms: int = 2, hidden: int = 256, **training: float):
+    def __init__(
+        self, shape: Sequence[int], transforms: int = 2, hidden: int = 256, passes: int | None = None, **training: float
+    ):
         super().__init__(shape, **training)
-        self.flow = zuko.flows.NSF(self.size, transforms=transforms, hidden_features=(hidden, hidden), bins=4)
+        options = {"transforms": transforms, "hidden_features": (hidden, hidden), "bins": 4, "passes": passes}
+        self.flow = zuko.flows.NSF(self.size, **options)
 
     def _sample(self, n: int, shape: Sequence[int], generator: torch.Generator) -> Tensor:
         return self.flow().transform.inv(self._noise((n, self.size), generator)).view(n, *shape)

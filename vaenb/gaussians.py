@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Callable, Sequence
-from typing import Self
+from typing import Any, Self
 
 import torch
 from sklearn.cluster import MiniBatchKMeans
@@ -36,6 +36,29 @@ class PositionGaussian(Prior):
         return standard_normal((z - self.mean) / self.scale) - self.scale.log().sum()
 
 
+class _SquareLengths(torch.autograd.Function):
+    """|W_k z − c_k|² of latents z, (n, d), for components with W, (K, d, d), and c, (K, d): (n, K).
+
+    One matrix product there and two back, and little else that goes through all n·K·d entries, which leave the cache:
+    autograd would write them four times more. Not for ``torch.func``.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, weight: Tensor, centre: Tensor) -> Tensor:
+        """See the class."""
+        white = torch.addmm(centre.flatten(), z, weight.flatten(0, 1).T, beta=-1).view(len(z), *centre.shape)
+        ctx.save_for_backward(z, weight, white)
+        return white.square().sum(dim=2)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """See the class."""
+        z, weight, white = ctx.saved_tensors
+        change = (white * (2 * gradient[:, :, None])).flatten(1)
+        of_weight = (change.T @ z).view_as(weight)
+        return change @ weight.flatten(0, 1), of_weight, -change.sum(dim=0).view(weight.shape[:2])
+
+
 class Mixture(Prior):
     """Mixture of Gaussians with full covariances, by expectation maximisation (Dempster et al. 1977).
 
@@ -52,13 +75,14 @@ class Mixture(Prior):
 
     PART = 60_000
     differentiable = True
+    at_once = 10_000  # a component's draws take one solve, however many they are
 
     def __init__(self, shape: Sequence[int], components: int, sweeps: tuple[int, int] = (5, 2), ridge: float = 1e-2):
         super().__init__(shape)
         self.sweeps, self.ridge = sweeps, ridge
         self.log_weights = nn.Parameter(torch.full((components,), -math.log(components)))
         self.means = nn.Parameter(torch.zeros(components, self.size))
-        # Upper triangular U with inverse covariance U Uᵀ; what lies below the diagonal is zero and stays so.
+        # Lower triangular W with inverse covariance Wᵀ W; what lies above the diagonal is zero and stays so.
         self.whitening = nn.Parameter(torch.eye(self.size).repeat(components, 1, 1))
 
     def least(self) -> int:
@@ -125,7 +149,7 @@ class Mixture(Prior):
         covariances.diagonal(dim1=1, dim2=2).add_(self.ridge)
         identity = torch.eye(self.size).to(flat)
         lower = torch.linalg.cholesky(covariances)
-        self.whitening.copy_(torch.linalg.solve_triangular(lower, identity.expand_as(lower), upper=False).mT)
+        self.whitening.copy_(torch.linalg.solve_triangular(lower, identity.expand_as(lower), upper=False))
         self.log_weights.copy_((counts / counts.sum()).log())
 
     def _sample(self, n: int, shape: Sequence[int], generator: torch.Generator) -> Tensor:
@@ -133,8 +157,8 @@ class Mixture(Prior):
         chosen, noise = chosen.to(self.means.device), self._noise((n, self.size), generator)
         z = self.means[chosen]
         for component in chosen.unique():
-            own = chosen == component  # (z − μ) U = ε
-            z[own] += torch.linalg.solve_triangular(self.whitening[component], noise[own], upper=True, left=False)
+            own = chosen == component  # W (z − μ) = ε
+            z[own] += torch.linalg.solve_triangular(self.whitening[component], noise[own].T, upper=False).T
         return z.view(n, *shape)
 
     def _log_prob(self, z: Tensor) -> Tensor:
@@ -147,16 +171,16 @@ class Mixture(Prior):
         A Gaussian's log density is linear in the entries of z and in the products of two of them, so that one matrix product
         gives those of all components. Rounding is larger, which is why densities are not computed like this.
         """
-        upper = self.whitening.triu()
-        precisions = upper @ upper.mT
-        first, second = torch.triu_indices(self.size, self.size, device=upper.device)
+        lower = self.whitening.tril()
+        precisions = lower.mT @ lower
+        first, second = torch.triu_indices(self.size, self.size, device=lower.device)
         quadratic = precisions[:, first, second] * torch.where(first == second, -0.5, -1.0)
         centre = self.means.mean(dim=0)  # products are small around it, and rounding is
         means = self.means - centre
         linear = (precisions @ means[:, :, None])[:, :, 0]
         constant = self._log_peaks() - 0.5 * (linear * means).sum(dim=1)
         # Latents whose products fit into a cache, and so many that operations are not too small; GPUs want larger ones.
-        at_once = max(32, (600_000 if upper.device.type == "cpu" else 30_000_000) // len(first))
+        at_once = max(32, (600_000 if lower.device.type == "cpu" else 30_000_000) // len(first))
 
         def share(flat: Tensor) -> Tensor:
             parts = []
@@ -170,11 +194,10 @@ class Mixture(Prior):
 
     def _log_joint(self, flat: Tensor) -> Tensor:
         """Log density of component and latent, (n, d) -> (n, K)."""
-        upper = self.whitening.triu()
-        centres = self.means[:, None] @ upper  # (K, 1, d)
-        # The few latents of a step through all components at once, many latents in parts that fit into the cache.
-        parts = (part.expand(len(upper), -1, -1) for part in flat.split(256))
-        squares = [torch.baddbmm(centres, part, upper, beta=-1).square().sum(dim=2).T for part in parts]
+        lower = self.whitening.tril()
+        centres = (lower @ self.means[:, :, None]).squeeze(2)
+        # The few latents of a step at once, many latents in parts that fit into a cache
+        squares = [_SquareLengths.apply(part, lower, centres) for part in flat.split(128)]
         return self._log_peaks() - 0.5 * torch.cat(squares)
 
     def _log_peaks(self) -> Tensor:

@@ -42,6 +42,7 @@ class Muon(torch.optim.Adam):
         for _, weight in found:
             weight.grad = None  # not for Adam
         super().step()
+        alike: dict[torch.Size, list[tuple[Tensor, Tensor, float]]] = {}  # matrices of one shape take their step together
         for (group, weight), gradient in zip(found, gradients, strict=True):
             if gradient is None:
                 continue
@@ -51,8 +52,12 @@ class Muon(torch.optim.Adam):
                 state |= {"step": torch.zeros(()), "momentum": torch.zeros_like(weight)}
             state["step"] += 1
             matrix = gradient.lerp(state["momentum"].lerp_(gradient, 1 - MOMENTUM), MOMENTUM).flatten(1)
-            step = orthogonalised(matrix) * (SIZE * (max(matrix.shape) * group.get("share", 1.0)) ** 0.5)
-            weight.sub_(step.view(weight.shape), alpha=group["lr"])
+            size = group["lr"] * SIZE * (max(matrix.shape) * group.get("share", 1.0)) ** 0.5
+            alike.setdefault(matrix.shape, []).append((weight, matrix, size))
+        for members in alike.values():
+            steps = orthogonalised(torch.stack([matrix for _, matrix, _ in members]))
+            for (weight, _, size), step in zip(members, steps, strict=True):
+                weight.sub_(step.view(weight.shape), alpha=size)
 
 
 def groups(model: nn.Module, *others: nn.Module) -> list[dict[str, Any]]:
@@ -75,21 +80,25 @@ def groups(model: nn.Module, *others: nn.Module) -> list[dict[str, Any]]:
     return [{"params": [p for p in matrices if id(p) not in limited], "matrices": True}, *shares, {"params": rest}]
 
 
-def orthogonalised(matrix: Tensor) -> Tensor:
-    """About U Vᵀ for a matrix U S Vᵀ: singular values s become s / √(s² + ``DAMPING`` Σ s²), times 0.68 to 1.13.
+def orthogonalised(matrices: Tensor) -> Tensor:
+    """About U Vᵀ for each matrix U S Vᵀ: singular values s become s / √(s² + ``DAMPING`` Σ s²), times 0.68 to 1.13.
 
     By a Newton-Schulz iteration, whose polynomials are those of the Gram matrix of the shorter side: small products.
+
+    Args:
+        matrices: (B, m, n).
     """
-    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    wide = wide / wide.norm().clamp_min(1e-15)  # what is smaller fades
-    whole = torch.eye(len(wide), dtype=wide.dtype, device=wide.device)
-    gram = torch.addmm(whole, wide, wide.T, beta=DAMPING)
+    high = matrices.shape[1] > matrices.shape[2]
+    wide = matrices.mT if high else matrices
+    wide = wide / torch.linalg.matrix_norm(wide, keepdim=True).clamp_min(1e-15)  # what is smaller fades
+    whole = torch.eye(wide.shape[1], dtype=wide.dtype, device=wide.device).expand(len(wide), -1, -1)
+    gram = torch.baddbmm(whole, wide, wide.mT, beta=DAMPING)
     a, b, c = QUINTIC
     for i in range(ITERATIONS):
-        rest = torch.addmm(gram, gram, gram, beta=b, alpha=c)  # the polynomial, less its constant a
-        whole = torch.addmm(whole, rest, whole, beta=a)
+        rest = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # the polynomial, less its constant a
+        whole = torch.baddbmm(whole, rest, whole, beta=a)
         if i + 1 < ITERATIONS:
-            half = torch.addmm(gram, rest, gram, beta=a)
-            gram = torch.addmm(half, half, rest, beta=a)
+            half = torch.baddbmm(gram, rest, gram, beta=a)
+            gram = torch.baddbmm(half, half, rest, beta=a)
     result = whole @ wide
-    return result if matrix.shape[0] <= matrix.shape[1] else result.T
+    return result.mT if high else result

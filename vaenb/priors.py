@@ -30,6 +30,7 @@ class Prior(nn.Module):
 
     any_grid = False
     differentiable = False  # whether a VAE can be trained through ``negative_log_prob``
+    at_once = BATCH  # how many ``sample`` draws at once
 
     def __init__(self, shape: Sequence[int]):
         super().__init__()
@@ -86,7 +87,7 @@ class Prior(nn.Module):
             raise ValueError(f"{type(self).__name__} has latents of {self.shape} only and none on a grid of {tuple(grid)}")
         shape = self.shape if grid is None else (self.shape[0], *grid)
         generator = torch.Generator().manual_seed(seed)
-        parts = [self._sample(min(BATCH, n - start), shape, generator) for start in range(0, n, BATCH)]
+        parts = [self._sample(min(self.at_once, n - i), shape, generator) for i in range(0, n, self.at_once)]
         return torch.cat(parts) if parts else self.device_of.new_zeros(0, *shape)
 
     @torch.no_grad()

@@ -111,7 +111,7 @@ def _step(layer: nn.Module, axis: int, count: int) -> np.ndarray:
     if isinstance(layer, POINTWISE):
         return np.eye(count, dtype=bool)
     if isinstance(layer, Residual):
-        return field_of(layer.branch, count, axis)  # its own position is in the middle of what the branch sees
+        return _step(layer.within, axis, count)  # its own position is in the middle of what that sees
     if isinstance(layer, SubpixelUp):
         return _step(layer.phases, axis, count).repeat(2, axis=0)[1:-1]
     if isinstance(layer, AcrossPositions) and layer.reach is not None:
