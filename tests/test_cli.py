@@ -165,7 +165,7 @@ def test_a_damaged_bundle_is_never_used(trained, tmp_path):
             bundle.load(folder)
 
 
-@pytest.mark.parametrize("older", [1, 2])
+@pytest.mark.parametrize("older", [1, 2, 3])
 def test_a_bundle_of_another_format_is_refused_rather_than_decoded_to_scrambled_pictures(trained, tmp_path, older):
     for path in trained.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
@@ -173,7 +173,7 @@ def test_a_bundle_of_another_format_is_refused_rather_than_decoded_to_scrambled_
     del about["format"]  # the first format named none
     (tmp_path / "bundle.json").write_text(json.dumps(about | ({"format": older} if older > 1 else {})))
     with pytest.raises(
-        bundle.BundleError, match=f"has format {older}, this version of vaenb reads 3: train the model again"
+        bundle.BundleError, match=f"has format {older}, this version of vaenb reads 4: train the model again"
     ):
         bundle.load(tmp_path)
 

@@ -32,8 +32,9 @@ def test_matrices_of_one_shape_take_together_the_steps_that_each_takes_alone():
     shapes = [(6, 10), (10, 6), (6, 10), (6, 5, 1, 2), (4, 4)]  # (6, 5, 1, 2) is (6, 10), too
     together = [nn.Parameter(torch.randn(shape)) for shape in shapes]
     alone = [nn.Parameter(weight.detach().clone()) for weight in together]
-    shared = Muon([{"params": together, "matrices": True}], 0.1)
-    own = [Muon([{"params": [weight], "matrices": True}], 0.1) for weight in alone]
+    share = {"share": 0.25, "matrices": True}  # of the first, whose steps are half as large as those of its shape
+    shared = Muon([{"params": together[1:], "matrices": True}, {"params": together[:1], **share}], 0.1)
+    own = [Muon([{"params": [weight], "matrices": True, **(share if weight is alone[0] else {})}], 0.1) for weight in alone]
     for _ in range(3):
         for one, other in zip(together, alone, strict=True):
             one.grad = torch.randn_like(one)

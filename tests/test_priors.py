@@ -302,6 +302,42 @@ def test_a_sweep_of_expectation_maximisation_never_loses_likelihood():
     assert likelihoods[-1] > likelihoods[0] + 0.01
 
 
+def test_a_flow_draws_from_its_density_in_as_many_passes_as_it_was_told():
+    torch.manual_seed(0)
+    flow = Flow((1, 4, 4), hidden=16, passes=4)
+    for parameter in flow.parameters():
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    transform, noise = flow.flow().transform, torch.randn(20, 16)
+    calls = []
+    networks = [layer.hyper for layer in flow.flow.transform.transforms if hasattr(layer, "hyper")]
+    for network in networks:
+        network.register_forward_hook(lambda network, *_: calls.append(network))
+    with torch.no_grad():
+        z = transform.inv(noise)
+        assert [calls.count(network) for network in networks] == [4, 4]
+        torch.testing.assert_close(transform(z), noise, atol=1e-4, rtol=1e-4)
+    _, volume = transform.call_and_ladj(z[:1])
+    jacobian = torch.autograd.functional.jacobian(lambda x: transform(x[None])[0], z[0])
+    torch.testing.assert_close(volume[0], jacobian.slogdet().logabsdet, atol=1e-3, rtol=1e-3)
+
+
+def test_a_mixture_drawn_in_parts_is_the_same_mixture(monkeypatch):
+    mixture = fitted("mixture")
+    whole = mixture.sample(20_000, seed=1)
+    monkeypatch.setattr(mixture, "at_once", 3000)
+    parts = mixture.sample(20_000, seed=1)
+    assert parts.shape == whole.shape
+    for statistic in (torch.mean, torch.std):
+        torch.testing.assert_close(statistic(parts, 0), statistic(whole, 0), atol=0.03, rtol=0)
+
+
+def test_second_derivatives_of_a_mixture_are_refused_rather_than_wrong():
+    mixture, z = fitted("mixture"), moons()[:5].clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(mixture.negative_log_prob(z).sum(), z, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
 def test_gradients_of_a_mixture_are_those_of_finite_differences():
     torch.manual_seed(0)
     mixture = Mixture((3,), components=4).double()
@@ -309,6 +345,18 @@ def test_gradients_of_a_mixture_are_those_of_finite_differences():
         parameter.data += 0.3 * torch.randn_like(parameter)
     z = torch.randn(5, 3, dtype=torch.double, requires_grad=True)
     assert torch.autograd.gradcheck(lambda z, *_: mixture._log_prob(z), (z, *mixture.parameters()))  # changed in place
+
+
+def test_sweeps_in_parts_that_follow_each_other_fit_better_than_as_many_over_all_latents_at_once(monkeypatch):
+    z = moons()
+    whole, parts = (Mixture(SHAPE, components=8, sweeps=(0, 0), ridge=0.0).fit(z) for _ in range(2))
+    monkeypatch.setattr(parts, "PART", len(z) // 6)
+    for mixture in (whole, parts):
+        mixture.refine(z, 2)
+    assert parts.log_prob(z).mean() > whole.log_prob(z).mean() + 0.001
+    for mixture in (whole, parts):  # and end where those do
+        mixture.refine(z, 300)
+    assert abs(parts.log_prob(z).mean() - whole.log_prob(z).mean()) < 0.01
 
 
 def test_responsibilities_are_the_shares_of_components_in_the_density():
@@ -331,8 +379,8 @@ def test_responsibilities_of_many_latents_far_from_zero_are_precise_enough():
 def test_a_sweep_in_parts_is_a_sweep_over_all_latents():
     z = moons().flatten(1)
     whole, parts = (new("mixture").fit(moons()) for _ in range(2))
-    whole._maximise(z, whole._responsibilities(), chunk=len(z))
-    parts._maximise(z, parts._responsibilities(), chunk=700)
+    for mixture, chunk in ((whole, len(z)), (parts, 700)):
+        mixture._maximise(*mixture._statistics(z, mixture._responsibilities(), chunk))
     for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
 

@@ -24,7 +24,8 @@ from vaenb.priors import Prior
 
 DESCRIPTION = "bundle.json"
 # In the first, which named none, the phases of ``models.SubpixelUp`` came after the channels; in the second, positions of
-# the vectors of ``models.ToVector`` did; in the third, ``models.Residual`` had 1×1 convolutions for its linear layers.
+# the vectors of ``models.ToVector`` did; in the third, ``gaussians.Mixture`` whitened by the transpose, and
+# ``models.Residual`` had 1×1 convolutions for its linear layers.
 FORMAT = 4
 
 

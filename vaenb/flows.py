@@ -27,8 +27,8 @@ class Flow(Learned):
     Args:
         shape, training: see ``Learned``.
         transforms, hidden: of the flow, and of the network in each.
-        passes: of each network through which samples go: latents are drawn in as many groups, one after the other, each
-            given the groups before it; None: one by one.
+        passes: through each network that a sample takes: latents are drawn in at most as many groups, one after the other.
+            Those of a group do not see each other in a transform. None: one by one.
     """
 
     differentiable = True

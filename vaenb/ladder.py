@@ -39,7 +39,7 @@ RUNGS: dict[str, tuple[type[Prior], dict[str, Any]]] = {
     "full Gaussian": (FullGaussian, {}),
     "VampPrior": (Vamp, {"components": 500, "epochs": 3, "batch_size": 512, "learning_rate": 0.1}),
     "two-stage VAE": (TwoStage, {"epochs": 3}),
-    "spline flow": (Flow, {"epochs": 2, "hidden": 128, "passes": 7}),
+    "spline flow": (Flow, {"epochs": 2, "hidden": 128, "passes": 7}),  # rows of a 7×7 map
     "autoregressive": (Autoregressive, {"position_aware": True, "learning_rate": 4e-3}),
     "mixture": (Mixture, {"components": 150}),
     "flow matching": (FlowMatching, {"position_aware": True, "hidden": 48, "components": 100, "steps": 4}),
@@ -48,7 +48,7 @@ ANY_SIZE: dict[str, tuple[type[Prior], dict[str, Any]]] = {  # translation-equiv
     "stationary flow": (StationaryFlow, {"patch": 2}),
 }
 FINE = "fine mixture"  # what replaces a mixture that was trained jointly, see ``tune``
-FINAL: dict[str, tuple[type[Prior], dict[str, Any]]] = {FINE: (Mixture, {"components": 300})}
+FINAL: dict[str, tuple[type[Prior], dict[str, Any]]] = {FINE: (Mixture, {"components": 300, "sweeps": (5, 3)})}
 SIDE = 7  # positions of a map, along each axis, that convolutional priors work on: larger maps come in patches
 PART = 2_000  # images that are encoded at once
 COUNT = 90_000  # latents that a prior learns from: several draws of each image

@@ -184,7 +184,7 @@ def benchmark(epochs: int, sampler_epochs: int, count: int) -> list[dict[str, An
     for name, make in ours.items():
         torch.manual_seed(0)
         started = time.perf_counter()
-        prior = make()
+        prior = make().to(memory_format=torch.channels_last)  # as in ladder.build
         if name != "N(0, I)":  # pythae's clock, too, includes encoding the images
             prior.fit(torch.cat([latents(vae, grey, 4 + i) for i in range(-(-count // len(grey)))])[:count])
         fit = time.perf_counter() - started if name != "N(0, I)" else 0.0

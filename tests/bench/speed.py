@@ -79,7 +79,7 @@ def sampling_time(model: VAE) -> dict[str, list[float]]:
         if rung in ("mixture", "per position", "flow matching"):  # the time of the others does not depend on the weights
             start.fit(z)
         found[rung] = []
-        for count in SAMPLES if rung != "spline flow" else SAMPLES[:2]:
+        for count in SAMPLES:
             started = time.perf_counter()
             prior.sample(count, seed=0)
             found[rung].append(1e3 * (time.perf_counter() - started) / count)
@@ -198,7 +198,7 @@ def show(numbers: dict[str, Any]) -> None:
         alt="Time per image against the number of images, per million pixels against the size of the canvas, and per sample "
         f"against the number of samples: lines that fall, or rise to {growth:.1f} times where they start at most.",
         note="One thread of a server without a GPU, measured once; medians where a picture is small. Sampling: latents of "
-        "the 7×7 map (spline flow: up to 3,000); decoding: random weights, map in 64×64 tiles, one channel (trunks of 16 "
+        "the 7×7 map; decoding: random weights, map in 64×64 tiles, one channel (trunks of 16 "
         "and 32) or three (32 and 64).",
     )  # fmt: skip
 
