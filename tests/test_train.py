@@ -227,3 +227,8 @@ def test_fit_all_leaves_to_others_what_they_are_busy_with_and_collects_it_in_the
         (build / "parked").rename(build / "runs" / name)
     thread.join(timeout=120)
     assert [run.config for run in result] == configs
+
+
+def test_what_is_in_the_store_is_read_and_drawn_without_loading_fabric():
+    code = "import sys, vaenb.worth, vaenb.figures; sys.exit('lightning_fabric' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

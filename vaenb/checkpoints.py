@@ -3,17 +3,20 @@
 import hashlib
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import safetensors.torch
 import torch
-from lightning_fabric.plugins.precision import Precision
 from torch import Tensor, nn
 
 from vaenb.runs import write_atomically
 
+if TYPE_CHECKING:
+    from lightning_fabric.plugins.precision import Precision
+
 
 def save(
-    folder: Path, model: nn.Module, optimiser: torch.optim.Optimizer, precision: Precision, history: list[list[float]]
+    folder: Path, model: nn.Module, optimiser: torch.optim.Optimizer, precision: "Precision", history: list[list[float]]
 ) -> None:
     """Keep what the next epoch needs in one file whose name carries its own checksum; drop the one before."""
     state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
@@ -41,7 +44,7 @@ def newest(folder: Path) -> bytes:
     return b""
 
 
-def restore(content: bytes, model: nn.Module, optimiser: torch.optim.Optimizer, precision: Precision) -> list[list[float]]:
+def restore(content: bytes, model: nn.Module, optimiser: torch.optim.Optimizer, precision: "Precision") -> list[list[float]]:
     """Load what ``newest`` returned into model, optimiser and precision; its history, [] if there is none."""
     if not content:
         return []

@@ -8,6 +8,7 @@
 ``model.decode(z).log_prob(x) - kl_divergence(model.encode(x), model.prior())`` (Kingma & Welling 2014).
 """
 
+import functools
 import math
 from typing import Any
 
@@ -32,37 +33,39 @@ class ImageSizeError(ValueError):
 class _Interleaved(torch.autograd.Function):
     """(N, 4·C, H + 1, W + 1) -> (N, C, 2H, 2W): the shuffle of ``SubpixelUp``, without the border of one pixel.
 
-    Output pixel (2i + s, 2j + t) is phase (1 − s, 1 − t) at position (i + s, j + t): one copy between strided views, in both
-    directions, where channels come last. Autograd would fill a whole gradient with zeros for the sake of the border, and
-    copy twice. Not for ``torch.func``.
+    Whole pixels of C numbers move, where channels come last in memory, and each once, in both directions. Autograd would
+    add up gradients in an array full of zeros. Not for ``torch.func``.
     """
 
     @staticmethod
     def forward(ctx: Any, phases: Tensor) -> Tensor:
         """Channels come last in the memory of what it returns."""
-        placed = _placed(phases.permute(0, 2, 3, 1).contiguous()).contiguous()
-        return placed.flatten(1, 2).flatten(2, 3).permute(0, 3, 1, 2)
+        n, channels, height, width = phases.shape
+        ctx.order = _interleaving(height - 1, width - 1, phases.device)
+        moved = phases.permute(0, 2, 3, 1).reshape(n, -1, channels // 4).index_select(1, ctx.order[0])
+        return moved.view(n, 2 * height - 2, 2 * width - 2, -1).permute(0, 3, 1, 2)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         """Zero for what lies on the border."""
         n, channels, height, width = gradient.shape
-        last = gradient.new_empty(n, height // 2 + 1, width // 2 + 1, 4 * channels)
-        _placed(last).copy_(gradient.permute(0, 2, 3, 1).reshape(n, height // 2, 2, width // 2, 2, channels))
-        phase = last.unflatten(3, (2, 2, channels))
-        for border in (phase[:, 0, :, 0], phase[:, -1, :, 1], phase[:, :, 0, :, 0], phase[:, :, -1, :, 1]):
-            border.zero_()
-        return last.permute(0, 3, 1, 2)
+        _, back, border = ctx.order
+        moved = gradient.permute(0, 2, 3, 1).reshape(n, -1, channels).index_select(1, back).index_fill_(1, border, 0)
+        return moved.view(n, height // 2 + 1, width // 2 + 1, -1).permute(0, 3, 1, 2)
 
 
-def _placed(last: Tensor) -> Tensor:
-    """View of the inner pixels of phases, (N, H + 1, W + 1, 4·C) contiguous, as (N, H, 2, W, 2, C)."""
-    n, height, width, channels = last.shape
-    image, row, column, _ = last.stride()
-    below, beside = channels // 2, channels // 4  # from a phase to the next one
-    size = (n, height - 1, 2, width - 1, 2, beside)
-    strides = (image, row, row - below, column, column - beside, 1)
-    return last.as_strided(size, strides, last.storage_offset() + below + beside)
+@functools.lru_cache(maxsize=16)
+def _interleaving(height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Where each pixel of (2H, 2W) comes from in (H + 1, W + 1, 4), where each of these goes to, and which do not.
+
+    Pixel (2i + s, 2j + t) is phase 2 (1 − s) + 1 − t at position (i + s, j + t). Row by row; 0: goes nowhere.
+    """
+    y, x = torch.meshgrid(torch.arange(2 * height), torch.arange(2 * width), indexing="ij")
+    position = (y + 1) // 2 * (width + 1) + (x + 1) // 2
+    there = (4 * position + 2 * (1 - y % 2) + 1 - x % 2).flatten()
+    back = torch.full((4 * (height + 1) * (width + 1),), -1)
+    back[there] = torch.arange(len(there))
+    return tuple(index.to(device) for index in (there, back.clamp_min(0), (back < 0).nonzero().flatten()))
 
 
 class Conv2d(nn.Conv2d):

@@ -42,7 +42,7 @@ class Muon(torch.optim.Adam):
         for _, weight in found:
             weight.grad = None  # not for Adam
         super().step()
-        alike: dict[torch.Size, list[tuple[Tensor, Tensor, float]]] = {}  # matrices of one shape take their step together
+        alike: dict[Any, list[tuple[Tensor, Tensor, float]]] = {}  # matrices of one shape take their step together
         for (group, weight), gradient in zip(found, gradients, strict=True):
             if gradient is None:
                 continue
@@ -53,7 +53,7 @@ class Muon(torch.optim.Adam):
             state["step"] += 1
             matrix = gradient.lerp(state["momentum"].lerp_(gradient, 1 - MOMENTUM), MOMENTUM).flatten(1)
             size = group["lr"] * SIZE * (max(matrix.shape) * group.get("share", 1.0)) ** 0.5
-            alike.setdefault(matrix.shape, []).append((weight, matrix, size))
+            alike.setdefault((matrix.shape, matrix.dtype, matrix.device), []).append((weight, matrix, size))
         for members in alike.values():
             steps = orthogonalised(torch.stack([matrix for _, matrix, _ in members]))
             for (weight, _, size), step in zip(members, steps, strict=True):

@@ -14,15 +14,16 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from lightning_fabric import Fabric
-from lightning_fabric.strategies import DDPStrategy
 from torch import Tensor
 
 from vaenb import runs
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 # How long a process waits for the others before it gives up. The longest honest wait is that for process 0 while it
 # evaluates the test images; of a process that dies, the others are told at once, when its connections close.
@@ -53,7 +54,7 @@ def share(batch: Tensor) -> Tensor:
     return batch.tensor_split(count())[rank()]
 
 
-def fabric(precision: str | None = None) -> Fabric:
+def fabric(precision: str | None = None) -> "Fabric":
     """The device of this process, and its connection to the others: a GPU each if there are GPUs, else the CPU.
 
     Gloo connects CPUs, NCCL GPUs. What ``fabric run`` was told about devices holds.
@@ -61,6 +62,9 @@ def fabric(precision: str | None = None) -> Fabric:
     Raises:
         ValueError: more processes than GPUs; ``fabric run`` was told another precision or strategy.
     """
+    from lightning_fabric import Fabric  # two of seven seconds of all imports, for what has to train
+    from lightning_fabric.strategies import DDPStrategy
+
     accelerator = os.environ.get("LT_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     if count() == 1:
         return Fabric(accelerator=accelerator, devices=1, precision=precision)
