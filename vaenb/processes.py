@@ -65,6 +65,8 @@ def fabric(precision: str | None = None) -> "Fabric":
     from lightning_fabric import Fabric  # two of seven seconds of all imports, for what has to train
     from lightning_fabric.strategies import DDPStrategy
 
+    if not torch.cuda.is_available():  # set by Fabric; else every step of Adam looks for the driver's library
+        os.environ.pop("PYTORCH_NVML_BASED_CUDA_CHECK", None)
     accelerator = os.environ.get("LT_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     if count() == 1:
         return Fabric(accelerator=accelerator, devices=1, precision=precision)
