@@ -41,31 +41,37 @@ class _Interleaved(torch.autograd.Function):
     def forward(ctx: Any, phases: Tensor) -> Tensor:
         """Channels come last in the memory of what it returns."""
         n, channels, height, width = phases.shape
-        ctx.order = _interleaving(height - 1, width - 1, phases.device)
-        moved = phases.permute(0, 2, 3, 1).reshape(n, -1, channels // 4).index_select(1, ctx.order[0])
+        sources = _sources(height - 1, width - 1, phases.device)
+        moved = phases.permute(0, 2, 3, 1).reshape(n, -1, channels // 4).index_select(1, sources)
         return moved.view(n, 2 * height - 2, 2 * width - 2, -1).permute(0, 3, 1, 2)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         """Zero for what lies on the border."""
         n, channels, height, width = gradient.shape
-        _, back, border = ctx.order
-        moved = gradient.permute(0, 2, 3, 1).reshape(n, -1, channels).index_select(1, back).index_fill_(1, border, 0)
+        targets, border = _targets(height // 2, width // 2, gradient.device)
+        moved = gradient.permute(0, 2, 3, 1).reshape(n, -1, channels).index_select(1, targets).index_fill_(1, border, 0)
         return moved.view(n, height // 2 + 1, width // 2 + 1, -1).permute(0, 3, 1, 2)
 
 
-@functools.lru_cache(maxsize=16)
-def _interleaving(height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Where each pixel of (2H, 2W) comes from in (H + 1, W + 1, 4), where each of these goes to, and which do not.
+@functools.lru_cache(maxsize=8)  # two for each size of picture; few, since those of large canvases are large
+def _sources(height: int, width: int, device: torch.device) -> Tensor:
+    """Where each pixel of (2H, 2W) comes from in (H + 1, W + 1, 4), both row by row, (4·H·W,).
 
-    Pixel (2i + s, 2j + t) is phase 2 (1 − s) + 1 − t at position (i + s, j + t). Row by row; 0: goes nowhere.
+    Pixel (2i + s, 2j + t) is phase 2 (1 − s) + 1 − t at position (i + s, j + t).
     """
-    y, x = torch.meshgrid(torch.arange(2 * height), torch.arange(2 * width), indexing="ij")
+    y, x = torch.meshgrid(*(torch.arange(2 * side, dtype=torch.int32) for side in (height, width)), indexing="ij")
     position = (y + 1) // 2 * (width + 1) + (x + 1) // 2
-    there = (4 * position + 2 * (1 - y % 2) + 1 - x % 2).flatten()
-    back = torch.full((4 * (height + 1) * (width + 1),), -1)
-    back[there] = torch.arange(len(there))
-    return tuple(index.to(device) for index in (there, back.clamp_min(0), (back < 0).nonzero().flatten()))
+    return (4 * position + 2 * (1 - y % 2) + 1 - x % 2).flatten().to(device)
+
+
+@functools.lru_cache(maxsize=8)
+def _targets(height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Undoes ``_sources``: the pixel that each phase of each position becomes, 0 for the border; and where the border is."""
+    sources = _sources(height, width, device).long()
+    targets = sources.new_full((4 * (height + 1) * (width + 1),), -1)
+    targets[sources] = torch.arange(len(sources), device=device)
+    return targets.clamp_min(0).int(), (targets < 0).nonzero().flatten()
 
 
 class Conv2d(nn.Conv2d):
