@@ -293,7 +293,7 @@ def test_gradients_of_the_density_are_its_slopes(name):
 
 def test_a_sweep_of_expectation_maximisation_never_loses_likelihood():
     z = moons()
-    mixture = Mixture(SHAPE, components=8, sweeps=(0, 0), ridge=0.0).fit(z)
+    mixture = Mixture(SHAPE, components=8, sweeps=(0, 0), ridge=0.0, shrinkage=0.0).fit(z)
     likelihoods = [mixture.log_prob(z).mean().item()]
     for _ in range(5):
         mixture.refine(z)
@@ -349,7 +349,7 @@ def test_gradients_of_a_mixture_are_those_of_finite_differences():
 
 def test_sweeps_in_parts_that_follow_each_other_fit_better_than_as_many_over_all_latents_at_once(monkeypatch):
     z = moons()
-    whole, parts = (Mixture(SHAPE, components=8, sweeps=(0, 0), ridge=0.0).fit(z) for _ in range(2))
+    whole, parts = (Mixture(SHAPE, components=8, sweeps=(0, 0), ridge=0.0, shrinkage=0.0).fit(z) for _ in range(2))
     monkeypatch.setattr(parts, "PART", len(z) // 6)
     for mixture in (whole, parts):
         mixture.refine(z, 2)
@@ -376,13 +376,54 @@ def test_responsibilities_of_many_latents_far_from_zero_are_precise_enough():
     assert torch.allclose(mixture.float()._responsibilities()(z).T, exact, atol=1e-3)
 
 
-def test_a_sweep_in_parts_is_a_sweep_over_all_latents():
-    z = moons().flatten(1)
-    whole, parts = (new("mixture").fit(moons()) for _ in range(2))
-    for mixture, chunk in ((whole, len(z)), (parts, 700)):
-        mixture._maximise(*mixture._statistics(z, mixture._responsibilities(), chunk))
-    for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
+def test_a_sweep_that_asks_only_those_with_a_part_in_a_latent_is_one_that_asks_all(monkeypatch):
+    z = moons()
+    sparse, dense = (Mixture(SHAPE, components=8, sweeps=(0, 0)).fit(z) for _ in range(2))
+    monkeypatch.setattr(sparse, "LEAST_SHARE", 1e-9)
+    monkeypatch.setattr(dense, "ALL_AGAIN", 1)
+    for mixture in (sparse, dense):
+        mixture.refine(z, 4)
+    for a, b in zip(sparse.parameters(), dense.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+    flat = z.flatten(1)
+    members = [share.nonzero()[:, 0] for share in sparse._responsibilities()(flat) > sparse.LEAST_SHARE]
+    assert sum(map(len, members)) < 0.9 * len(flat) * len(members)  # else nothing was left out
+    torch.testing.assert_close(sparse._shares_of_members(flat, members), sparse._responsibilities()(flat), atol=1e-5, rtol=0)
+
+
+def test_sweeps_that_ask_few_components_gain_likelihood_as_well():
+    z = moons()
+    mixture = Mixture(SHAPE, components=8, sweeps=(0, 0), ridge=0.0, shrinkage=0.0).fit(z)
+    once, often = copy.deepcopy(mixture), copy.deepcopy(mixture)
+    once.refine(z, 1)
+    often.refine(z, Mixture.ALL_AGAIN)  # the first one asks all, the others do not
+    assert often.log_prob(z).mean() > once.log_prob(z).mean() + 0.001
+
+
+def test_shrinkage_takes_covariances_towards_what_all_have_within_their_components():
+    z = moons()
+    free, shrunk = (Mixture(SHAPE, components=8, sweeps=(5, 0), ridge=0.0, shrinkage=s).fit(z) for s in (0.0, 1e9))
+
+    def covariances(mixture):
+        precisions = mixture.whitening.mT @ mixture.whitening
+        return torch.linalg.inv(precisions.detach())
+
+    spread = [covariances(mixture).std(dim=0).max().item() for mixture in (free, shrunk)]
+    assert spread[1] < 1e-4 < 1e-2 < spread[0]
+    # Means are free, so that the mixture has still the covariance of the latents.
+    weights, means = shrunk.log_weights.exp().detach(), shrunk.means.detach()
+    centred = means - weights @ means
+    whole = covariances(shrunk)[0] + (centred.T * weights) @ centred
+    torch.testing.assert_close(whole, torch.cov(z.flatten(1).T, correction=0), atol=1e-3, rtol=1e-2)
+
+
+def test_a_component_without_latents_keeps_a_width():
+    z = moons()
+    mixture = Mixture(SHAPE, components=2, sweeps=(0, 0), ridge=0.0).fit(z)
+    mixture.means.data[1] = 1e3  # so far away that no latent is its own
+    mixture.refine(z)
+    assert mixture.log_prob(z).isfinite().all()
+    assert mixture.whitening[1].det().isfinite()
 
 
 def test_flipping_the_sign_of_a_whitening_changes_no_density():

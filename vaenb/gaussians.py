@@ -40,25 +40,35 @@ class PositionGaussian(Prior):
 class _SquareLengths(torch.autograd.Function):
     """|W_k z − c_k|² of latents z, (n, d), for components with W, (K, d, d), and c, (K, d): (n, K).
 
-    One matrix product there and two back, and little else that goes through all n·K·d entries, which leave the cache:
+    One matrix product there and two back, and little else that goes through all K·d·n entries, which leave the cache:
     autograd would write them four times more. First derivatives only, and not for ``torch.func``.
     """
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, weight: Tensor, centre: Tensor) -> Tensor:
-        """See the class."""
-        white = torch.addmm(centre.flatten(), z, weight.flatten(0, 1).T, beta=-1).view(len(z), *centre.shape)
+        """See the class. Latents come last in memory, where sums over the d entries are faster."""
+        columns = z.T.contiguous()
+        if not any(ctx.needs_input_grad):  # some components at once, which stay in the cache
+            parts = zip(weight.split(50), centre.split(50), strict=True)
+            return torch.cat([_whitened(columns, *part).square_().sum(dim=1) for part in parts]).T
+        white = _whitened(columns, weight, centre)
         ctx.save_for_backward(z, weight, white)
-        return white.square().sum(dim=2)
+        return white.square().sum(dim=1).T
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See the class."""
         z, weight, white = ctx.saved_tensors
-        change = (white * (2 * gradient[:, :, None])).flatten(1)
-        of_weight = (change.T @ z).view_as(weight)
-        return change @ weight.flatten(0, 1), of_weight, -change.sum(dim=0).view(weight.shape[:2])
+        change = (white * (2 * gradient.T.contiguous()[:, None])).flatten(0, 1)
+        of_weight = (change @ z).view_as(weight)
+        return (weight.flatten(0, 1).T @ change).T, of_weight, -change.sum(dim=1).view(weight.shape[:2])
+
+
+def _whitened(columns: Tensor, weight: Tensor, centre: Tensor) -> Tensor:
+    """W_k z − c_k for latents in columns, (d, n): (K, d, n)."""
+    flat = torch.addmm(centre.flatten()[:, None], weight.flatten(0, 1), columns, beta=-1)
+    return flat.view(*centre.shape, -1)
 
 
 class Mixture(Prior):
@@ -73,15 +83,26 @@ class Mixture(Prior):
         components: how many Gaussians.
         sweeps: of expectation maximisation over the first ``PART`` latents, and then over all.
         ridge: added to the variances, which keeps covariances of few latents from overfitting.
+        shrinkage: latents, beside its own, from which a component takes the covariance that all have within theirs, in the
+            mean: it overfits less, and what has lost its latents keeps a width (like Fraley & Raftery 2007).
     """
 
     PART = 60_000
+    LEAST_SHARE = 1e-5  # most components have no part in most latents
+    ALL_AGAIN = 4  # sweeps of which the first one asks all components, and the others those that had a part
     differentiable = True
     at_once = 10_000  # a component's draws take one solve, however many they are
 
-    def __init__(self, shape: Sequence[int], components: int, sweeps: tuple[int, int] = (5, 2), ridge: float = 1e-2):
+    def __init__(
+        self,
+        shape: Sequence[int],
+        components: int,
+        sweeps: tuple[int, int] = (5, 2),
+        ridge: float = 1e-2,
+        shrinkage: float = 1.0,
+    ):
         super().__init__(shape)
-        self.sweeps, self.ridge = sweeps, ridge
+        self.sweeps, self.ridge, self.shrinkage = sweeps, ridge, shrinkage
         self.log_weights = nn.Parameter(torch.full((components,), -math.log(components)))
         self.means = nn.Parameter(torch.zeros(components, self.size))
         # Lower triangular W with inverse covariance Wᵀ W; what lies above the diagonal is zero and stays so.
@@ -102,8 +123,8 @@ class Mixture(Prior):
             len(self.means), batch_size=4096, n_init=1, max_iter=20, random_state=torch.initial_seed()
         )
         labels = torch.from_numpy(clusters.fit_predict(part.cpu().numpy())).long().to(z.device)
-        clustered = nn.functional.one_hot(labels, len(self.means)).T.to(flat)
-        self._maximise(*self._statistics(part, lambda _: clustered, chunk=len(part)))
+        members = [(labels == k).nonzero()[:, 0] for k in range(len(self.means))]
+        self._maximise(*self._statistics(part, members, [part.new_ones(len(own)) for own in members]))
         for latents, sweeps in zip((part, flat), self.sweeps, strict=True):
             self.refine(latents, sweeps)
 
@@ -112,15 +133,25 @@ class Mixture(Prior):
         """More sweeps of expectation maximisation, from where it is; z: (N, ...).
 
         Of many latents the Gaussians follow each ``PART``, with what the others said when last asked: as good after three
-        sweeps as else after more than four (incremental, Neal & Hinton 1998).
+        sweeps as else after more than four. What had no part in a latent is not asked again in the next few sweeps
+        (incremental and sparse, Neal & Hinton 1998).
         """
         flat = z.to(self.device_of.device).flatten(1)
-        parts, known = flat.chunk(max(1, len(flat) // self.PART)), {}
+        parts = flat.chunk(max(1, len(flat) // self.PART))
+        known: dict[int, tuple[Tensor, ...]] = {}
+        members: dict[int, list[Tensor]] = {}
         with Progress(type(self).__name__, sweeps * len(parts)) as progress:
-            for i in [*range(len(parts))] * sweeps:
-                known[i] = self._statistics(parts[i], self._responsibilities())
-                self._maximise(*(sum(each) for each in zip(*known.values(), strict=True)))
-                progress.step()
+            for sweep in range(sweeps):
+                for i, part in enumerate(parts):
+                    if sweep % self.ALL_AGAIN == 0:
+                        share = self._responsibilities()(part)
+                        members[i] = [each.nonzero()[:, 0] for each in share > self.LEAST_SHARE]
+                    else:
+                        share = self._shares_of_members(part, members[i])
+                    weights = [each[own] for each, own in zip(share, members[i], strict=True)]
+                    known[i] = self._statistics(part, members[i], weights)
+                    self._maximise(*(sum(each) for each in zip(*known.values(), strict=True)))
+                    progress.step()
 
     @torch.no_grad()
     def tempered(self, temperature: float) -> Self:
@@ -137,21 +168,13 @@ class Mixture(Prior):
         tempered.whitening.div_(temperature)
         return tempered
 
-    @torch.no_grad()
-    def _statistics(
-        self, flat: Tensor, responsibilities: Callable[[Tensor], Tensor], chunk: int = 20_000
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Counts, sums and sums of squares of latents with these responsibilities, (n, d) -> (K, n), for each component."""
+    def _statistics(self, flat: Tensor, members: list[Tensor], weights: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Counts, sums and sums of squares for each component over its members among latents, (n, d), with their weights."""
         counts, sums, squares = (torch.zeros_like(x) for x in (self.log_weights, self.means, self.whitening))
-        for part in flat.split(chunk):
-            share = responsibilities(part)
-            share = share.where(share > 1e-4, 0)  # most components have no part in most latents
-            counts += share.sum(dim=1)
-            sums += share @ part
-            for k in range(len(counts)):
-                own = share[k].nonzero()[:, 0]
-                latents = part[own]
-                squares[k] += (latents.T * share[k, own]) @ latents
+        for k, (own, weight) in enumerate(zip(members, weights, strict=True)):
+            latents = flat[own]
+            weighted = latents.T * weight
+            counts[k], sums[k], squares[k] = weight.sum(), weighted.sum(dim=1), weighted @ latents
         return counts, sums, squares
 
     @torch.no_grad()
@@ -159,10 +182,9 @@ class Mixture(Prior):
         """The weights, means and covariances that fit these ``_statistics`` best."""
         counts = counts.clamp_min(1e-3)
         self.means.copy_(sums / counts[:, None])
-        covariances = squares / counts[:, None, None] - self.means[:, :, None] * self.means[:, None, :]
-        # A component that has lost its latents keeps what the others have on average.
-        lonely = (counts < 2).nonzero()[:, 0]
-        covariances[lonely] = covariances[counts >= 2].mean(dim=0)
+        scatter = squares - counts[:, None, None] * self.means[:, :, None] * self.means[:, None, :]
+        within = scatter.sum(dim=0) / counts.sum()
+        covariances = (scatter + self.shrinkage * within) / (counts + self.shrinkage)[:, None, None]
         covariances.diagonal(dim1=1, dim2=2).add_(self.ridge)
         identity = torch.eye(self.size).to(squares)
         lower = torch.linalg.cholesky(covariances)
@@ -209,6 +231,14 @@ class Mixture(Prior):
 
         return share
 
+    def _shares_of_members(self, flat: Tensor, members: list[Tensor]) -> Tensor:
+        """The share of each component in each latent, (n, d) -> (K, n), where only ``members`` can have one."""
+        log_joint = flat.new_full((len(members), len(flat)), -math.inf)
+        peaks = self._log_peaks()
+        for k, own in enumerate(members):
+            log_joint[k, own] = peaks[k] - 0.5 * ((flat[own] - self.means[k]) @ self.whitening[k].T).square().sum(dim=1)
+        return log_joint.softmax(dim=0)
+
     def _log_joint(self, flat: Tensor) -> Tensor:
         """Log density of component and latent, (n, d) -> (n, K)."""
         lower = self.whitening.tril()
@@ -231,7 +261,8 @@ class FullGaussian(Mixture):
 
     def _fit(self, z: Tensor) -> None:
         _check_varies(z)
-        self._maximise(*self._statistics(z.flatten(1), lambda part: part.new_ones(1, len(part))))
+        everything = torch.arange(len(z), device=z.device)
+        self._maximise(*self._statistics(z.flatten(1), [everything], [z.new_ones(len(z))]))
 
 
 def _check_varies(z: Tensor) -> None:

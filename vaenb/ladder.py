@@ -48,12 +48,15 @@ ANY_SIZE: dict[str, tuple[type[Prior], dict[str, Any]]] = {  # translation-equiv
     "stationary flow": (StationaryFlow, {"patch": 2}),
 }
 FINE = "fine mixture"  # what replaces a mixture that was trained jointly, see ``tune``
-FINAL: dict[str, tuple[type[Prior], dict[str, Any]]] = {FINE: (Mixture, {"components": 300, "sweeps": (5, 3)})}
+FINAL: dict[str, tuple[type[Prior], dict[str, Any]]] = {
+    FINE: (Mixture, {"components": 600, "sweeps": (3, 2), "ridge": 1e-3, "shrinkage": 30.0})
+}
 SIDE = 7  # positions of a map, along each axis, that convolutional priors work on: larger maps come in patches
 PART = 2_000  # images that are encoded at once
 COUNT = 90_000  # latents that a prior learns from: several draws of each image
 AT_A_POSITION = 8  # components of the autoregressive prior where a patch is one latent; fewer where it is more
-EACH = 4  # times as many draws of z teach the fine mixture
+EACH = 8  # times as many draws of z teach the fine mixture, and as they are of no more images
+WORTH = 2  # times as many components are what they can tell apart
 PER_COMPONENT = 6  # latents for each entry of the mean of a component of a mixture, at least
 
 
@@ -102,7 +105,7 @@ def build(rung: str, model: VAE, count: int = COUNT) -> Prior:
     Args:
         rung: of ``RUNGS``, ``ANY_SIZE`` or ``FINAL``.
         model: whose latents; the VampPrior has its encoder, too.
-        count: latents to learn from: mixtures get no more components than these can tell apart.
+        count: latents to learn from: mixtures get no more components than these can tell apart, the fine one twice as many.
 
     Raises:
         ValueError: unknown rung.
@@ -110,7 +113,7 @@ def build(rung: str, model: VAE, count: int = COUNT) -> Prior:
     kind, options = _kind(rung)
     options = dict(options)
     if issubclass(kind, Mixture | FlowMatching) and "components" in options:
-        affordable = count // (PER_COMPONENT * math.prod(model.latent_shape))
+        affordable = count * (WORTH if rung == FINE else 1) // (PER_COMPONENT * math.prod(model.latent_shape))
         options["components"] = max(1, min(options["components"], affordable))
     if issubclass(kind, Convolutional) and model.arm != "dense":
         options.setdefault("patch", max(1, model.latent_shape[1] // SIDE))
@@ -149,7 +152,7 @@ def repair(run: Run, rung: str, count: int = COUNT, wait: bool = True) -> Repair
     return Repaired(run, rung, count, entry)
 
 
-def tune(repaired: Repaired, epochs: int = 3, learning_rate: float = 8e-3, wait: bool = True) -> Repaired:
+def tune(repaired: Repaired, epochs: int = 2, learning_rate: float = 8e-3, wait: bool = True) -> Repaired:
     """Encoder, decoder and prior trained on together from where they are; see ``joint.train_jointly``.
 
     The latents of a model that no longer moves deserve a better mixture than one that has followed them by gradients: in
