@@ -85,6 +85,7 @@ def test_a_rung_fits_the_model():
     assert ladder.build("autoregressive", model).patch == 2
     assert len(ladder.build("mixture", model, count=6 * 196 * 5).means) == 5
     assert len(ladder.build("mixture", model, count=10).means) == 1
+    assert len(ladder.build(ladder.FINE, model, count=6 * 196 * 5).means) == 10  # of more draws of the same images
     with pytest.raises(ValueError, match="choose one of N"):
         ladder.build("best", model)
 

@@ -41,7 +41,8 @@ class _SquareLengths(torch.autograd.Function):
     """|W_k z − c_k|² of latents z, (n, d), for components with W, (K, d, d), and c, (K, d): (n, K).
 
     One matrix product there and two back, and little else that goes through all K·d·n entries, which leave the cache:
-    autograd would write them four times more. First derivatives only, and not for ``torch.func``.
+    autograd would write them four times more. Where no gradient is wanted, some components at once. First derivatives only,
+    and not for ``torch.func``.
     """
 
     @staticmethod
@@ -149,6 +150,7 @@ class Mixture(Prior):
                     else:
                         share = self._shares_of_members(part, members[i])
                     weights = [each[own] for each, own in zip(share, members[i], strict=True)]
+                    del share  # large
                     known[i] = self._statistics(part, members[i], weights)
                     self._maximise(*(sum(each) for each in zip(*known.values(), strict=True)))
                     progress.step()
@@ -222,12 +224,12 @@ class Mixture(Prior):
         at_once = max(32, (600_000 if lower.device.type == "cpu" else 30_000_000) // len(first))
 
         def share(flat: Tensor) -> Tensor:
-            parts = []
-            for part in flat.split(at_once):
+            shares = flat.new_empty(len(self.means), len(flat))
+            for part, into in zip(flat.split(at_once), shares.split(at_once, dim=1), strict=True):
                 z = (part - centre).T.contiguous()
                 products = torch.cat([z[i] * z[i:] for i in range(len(z))])  # in the order of ``triu_indices``
-                parts.append(torch.addmm(constant[:, None], linear, z).addmm_(quadratic, products).softmax(dim=0))
-            return torch.cat(parts, dim=1)
+                into.copy_(torch.addmm(constant[:, None], linear, z).addmm_(quadratic, products).softmax(dim=0))
+            return shares
 
         return share
 

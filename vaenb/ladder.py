@@ -152,7 +152,7 @@ def repair(run: Run, rung: str, count: int = COUNT, wait: bool = True) -> Repair
     return Repaired(run, rung, count, entry)
 
 
-def tune(repaired: Repaired, epochs: int = 2, learning_rate: float = 8e-3, wait: bool = True) -> Repaired:
+def tune(repaired: Repaired, epochs: int = 3, learning_rate: float = 8e-3, wait: bool = True) -> Repaired:
     """Encoder, decoder and prior trained on together from where they are; see ``joint.train_jointly``.
 
     The latents of a model that no longer moves deserve a better mixture than one that has followed them by gradients: in
@@ -213,6 +213,7 @@ def _draws(model: VAE, images: Tensor | Crops, count: int, each: int = 1) -> Ten
             parts.append(dependence.aggregate(model, images[part], 1 + len(parts), each))
             drawn += len(part)
     z = torch.cat(parts)[: count * each]
+    del parts  # of many draws each copy counts
     return z if each == 1 else z[torch.randperm(len(z), generator=torch.Generator().manual_seed(0))]
 
 
