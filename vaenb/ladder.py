@@ -55,8 +55,8 @@ SIDE = 7  # positions of a map, along each axis, that convolutional priors work 
 PART = 2_000  # images that are encoded at once
 COUNT = 90_000  # latents that a prior learns from: several draws of each image
 AT_A_POSITION = 8  # components of the autoregressive prior where a patch is one latent; fewer where it is more
-EACH = 8  # times as many draws of z teach the fine mixture, and as they are of no more images
-WORTH = 2  # times as many components are what they can tell apart
+EACH = 8  # times as many draws of z teach the fine mixture
+WORTH = 2  # times as many components it may have for that: the draws are of no more images
 PER_COMPONENT = 6  # latents for each entry of the mean of a component of a mixture, at least
 
 
