@@ -188,6 +188,7 @@ def test_a_helper_leaves_errors_to_the_process_that_makes_the_figures(error, pro
         (64, {"cpu.max": "450000 100000"}, 4),
         (64, {"memory.max": str(8 * 2**30)}, 3),
         (64, {"nvidia-smi": ""}, 4),
+        (64, {"nvidia-smi": "", "control": ""}, 16),  # of NVIDIA's Multi-Process Service
     ],
 )
 def test_as_many_notebooks_as_a_machine_or_container_has_room_for(
@@ -196,6 +197,7 @@ def test_as_many_notebooks_as_a_machine_or_container_has_room_for(
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
     monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": gibibytes * 2**18}.get)
     monkeypatch.setattr(execute, "CONTROL_GROUP", tmp_path)
+    monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", str(tmp_path))
     monkeypatch.setattr(shutil, "which", lambda name: "here" if name in limits else None)
     for file, limit in limits.items():
         (tmp_path / file).write_text(f"{limit}\n")

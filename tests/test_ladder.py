@@ -68,6 +68,30 @@ def test_distances_are_means_over_sets_of_pictures(run):
         worth.prior_quality(prior, sets=0)
 
 
+class Shown(StandardNormal):
+    """Not a prior: its draws are pictures that it is given."""
+
+    def sample(self, n, grid=None, seed=0):
+        return self.pictures[:n].float() / 255
+
+
+def test_training_images_are_copies_and_test_images_are_not(run, monkeypatch):
+    repaired = ladder.repair(run, "N(0, I)", COUNT)
+    shown = repaired.__dict__["prior"] = Shown(run.model.latent_shape)  # in place of the cached one
+    monkeypatch.setattr(worth, "decoded", lambda _, pictures: pictures)
+    monkeypatch.setattr(dependence, "aggregate", lambda _, images, __: images.float() / 255)
+    shown.pictures = worth._some(run.images.test, worth.COPIES)
+    honest = worth.copies(repaired)
+    assert honest["median"] == honest["low"] == 1
+    assert 0 < honest["error"] < 0.2
+    shown.pictures = torch.cat([run.images.train[:30], shown.pictures[30:]])  # more than a twentieth, less than half
+    assert worth.copies(repaired)["low"] < 1e-2 < 0.9 < worth.copies(repaired)["median"]
+    shown.pictures = run.images.train
+    assert worth.copies(repaired)["median"] < 1e-2
+    with pytest.raises(ValueError, match="only mixtures"):
+        worth.copies(repaired, temperature=0.9)
+
+
 def test_the_nearest_image_is_found():
     images = data.load("digits")
     pictures = images.train[[3, 700]].float() / 255

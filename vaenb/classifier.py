@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vaenb import cpu, data, runs
+from vaenb import cpu, data, gpu, runs
 from vaenb.progress import Progress
 
 FEATURES = 64
@@ -72,7 +72,7 @@ def classifier(dataset: str) -> Classifier:
     """
     images = data.load(dataset)
     spec = {"dataset": dataset, "data": images.fingerprint, "torch": torch.__version__}
-    code = [cpu, data, sys.modules[__name__]]
+    code = [cpu, gpu, data, sys.modules[__name__]]
     folder = runs.entry(f"classifier-{data.slug(dataset)}", spec, code, lambda folder: _train(images, folder))
     network = _untrained(images)
     network.load_state_dict(safetensors.torch.load_file(folder / "classifier.safetensors"))
@@ -102,9 +102,10 @@ def extract(network: Classifier, images: Tensor, batch: int = 125) -> tuple[np.n
     elif not (images.is_floating_point() and images.min() >= 0 and images.max() <= 1):  # also true of NaN
         low, high = images.min().item(), images.max().item()
         raise ValueError(f"{images.dtype} images from {low:g} to {high:g}: expected uint8, or floats in [0, 1]")
-    parts = (part.float().contiguous(memory_format=torch.channels_last) for part in images.cpu().split(batch))
-    features = torch.cat([network.features(part) for part in parts])
-    return features.double().numpy(), network.head(features).double().softmax(dim=1).numpy()
+    parts = (part.float().contiguous(memory_format=torch.channels_last) for part in images.split(batch))
+    network = gpu.there(network)
+    features = torch.cat([network.features(part.to(gpu.device())) for part in parts])
+    return features.cpu().double().numpy(), network.head(features).cpu().double().softmax(dim=1).numpy()
 
 
 def _untrained(images: data.ImageSet) -> Classifier:
@@ -128,8 +129,17 @@ def _train(images: data.ImageSet, folder: Path) -> dict[str, Any]:
     land = images.name == "eurosat"
     epochs = max(EPOCHS, math.ceil((LAND_STEPS if land else LEAST_STEPS) / steps))
     with Progress(f"classifier-{images.name}", epochs * steps) as progress, _repeatably(SEED):
-        network = _untrained(images).to(memory_format=torch.channels_last)  # CPUs are faster in this layout
+        network = _untrained(images).to(gpu.device(), memory_format=torch.channels_last)  # CPUs are faster in this layout
         adam = torch.optim.Adam(network.parameters(), betas=(0.9, 0.99), fused=True)
+
+        def work(x: Tensor, labels: Tensor) -> Tensor:
+            loss = F.cross_entropy(network(x), labels)
+            adam.zero_grad()
+            loss.backward()
+            adam.step()
+            return loss.detach()
+
+        take = gpu.Step(work, adam, gpu.device())
         schedule = torch.optim.lr_scheduler.OneCycleLR(
             adam, LEARNING_RATE, total_steps=epochs * steps, pct_start=0.2, anneal_strategy="linear", cycle_momentum=False
         )
@@ -139,23 +149,20 @@ def _train(images: data.ImageSet, folder: Path) -> dict[str, Any]:
                 if land:
                     x = _turned(x)
                 x = x.contiguous(memory_format=torch.channels_last)
-                loss = F.cross_entropy(network(x), images.train_labels[batch])
-                adam.zero_grad()
-                loss.backward()
-                adam.step()
+                take(x, images.train_labels[batch])
                 schedule.step()
                 progress.step()
             progress.milestone(f"epoch {epoch + 1}/{epochs}")
         network.eval()
         right = extract(network, images.test)[1].argmax(axis=1) == images.test_labels.numpy()
-    weights = {name: tensor.detach().contiguous() for name, tensor in network.state_dict().items()}
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
     runs.write_atomically(folder / "classifier.safetensors", safetensors.torch.save(weights))
     return {"test_accuracy": float(right.mean()), "seconds": time.perf_counter() - started, "epochs": epochs}
 
 
 @contextmanager
 def _repeatably(seed: int) -> Iterator[None]:
-    """One CPU thread and random numbers of its own: repeats bit for bit, and the caller's go on as if nothing had been."""
-    with cpu.one_thread(), torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+    """One CPU thread and random numbers of its own: repeats bit for bit on a CPU, and the caller's go on as if nothing had been."""
+    with cpu.one_thread(), torch.random.fork_rng():
+        torch.manual_seed(seed)
         yield

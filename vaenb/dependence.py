@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vaenb import gpu
 from vaenb.models import BATCH, VAE, noise_sources, reparametrise
 
 
@@ -24,12 +25,12 @@ def aggregate(model: VAE, images: Tensor, seed: int = 0, each: int = 1) -> Tenso
         seed: of what the model is shown and of latent noise.
         each: draws from each q(z|x); first one for every image, then the next for every image.
     """
-    device = next(model.parameters()).device
+    model = gpu.there(model)
     pixels, noise = noise_sources(seed)
     draws = []
     for batch in images.split(BATCH):
-        q = model.encode(model.observed(batch, torch.rand(batch.shape, generator=pixels)).to(device))
-        noises = (torch.randn(q.mean.shape, generator=noise).to(device) for _ in range(each))
+        q = model.encode(model.observed(batch, torch.rand(batch.shape, generator=pixels)).to(gpu.device()))
+        noises = (torch.randn(q.mean.shape, generator=noise).to(gpu.device()) for _ in range(each))
         draws.append(torch.stack([reparametrise(q, epsilon).cpu() for epsilon in noises]))
     return torch.cat(draws, dim=1).flatten(0, 1)
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 import zuko
 from torch import Tensor, nn
 
+from vaenb import gpu
 from vaenb.canvas import tiled
 from vaenb.cpu import keep_memory
 from vaenb.gaussians import Mixture
@@ -120,7 +121,8 @@ class FlowMatching(Convolutional):
     def loss(self, pairs: Tensor) -> Tensor:
         """Mean square error of the velocity, summed over latents; of noise and latents, (N, 2, *shape)."""
         noise, z = (self.to_patches(part) for part in pairs.unbind(dim=1))
-        t = torch.rand(len(z)).to(z)
+        count = len(z)
+        t = gpu.drawn(lambda: torch.rand(count), z.device)
         along = t[:, None, None, None]
         error = self.velocity((1 - along) * noise + along * z, t) - (z - noise)
         return error.square().flatten(1).sum(dim=1).mean()

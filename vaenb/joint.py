@@ -7,6 +7,7 @@ it (Tomczak & Welling 2018 do it with the VampPrior, Chen et al. 2017 with an au
 import torch
 from torch import Tensor, nn
 
+from vaenb import gpu
 from vaenb.models import VAE, reparametrise
 from vaenb.muon import groups
 from vaenb.priors import Prior, minimise
@@ -31,13 +32,13 @@ def train_jointly(
         raise ValueError(
             f"{type(prior).__name__} has no density to train through: choose a mixture or an autoregressive prior"
         )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    both = nn.ModuleList([model, prior]).to(device).requires_grad_()
+    both = nn.ModuleList([model, prior]).to(gpu.device()).requires_grad_()
 
     def negative_elbo(batch: Tensor) -> Tensor:
-        x = model.observed(batch, torch.rand(batch.shape)).to(device)
+        shape = batch.shape  # and not the batch, or q below, which would be kept with the way to draw
+        x = model.observed(batch, gpu.drawn(lambda: torch.rand(shape), batch.device))
         q = model.encode(x)
-        z = reparametrise(q, torch.randn(q.mean.shape).to(device))
+        z = reparametrise(q, gpu.drawn(lambda: torch.randn(shape[0], *model.latent_shape), batch.device))
         return (prior.negative_log_prob(z) - model.decode(z).log_prob(x) - q.entropy()).mean()
 
     with torch.random.fork_rng(devices=[]):

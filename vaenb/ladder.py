@@ -20,7 +20,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from vaenb import checkpoints, dependence, joint, models, runs
+from vaenb import checkpoints, dependence, gpu, joint, models, runs
 from vaenb.autoregressive import Autoregressive
 from vaenb.cpu import one_thread
 from vaenb.flows import Flow, FlowMatching
@@ -138,7 +138,7 @@ def repair(run: Run, rung: str, count: int = COUNT, wait: bool = True) -> Repair
     kind, options = _kind(rung)
 
     def fit(folder: Path) -> dict[str, Any]:
-        prior.to("cuda" if torch.cuda.is_available() else "cpu")
+        prior.to(gpu.device())
         with one_thread():
             z = _kept_draws(run, count)
             started = time.perf_counter()

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vaenb import gpu
 from vaenb.data import ImageSet
 from vaenb.models import BATCH, VAE, evaluate, noise_sources, reparametrise
 from vaenb.priors import Prior
@@ -31,7 +32,7 @@ def log_weights(model: VAE, images: Tensor, k: int, seed: int = 0, prior: Prior 
     """
     if k < 1:
         raise ValueError(f"k={k}: the importance-weighted bound needs at least one draw per image")
-    device = next(model.parameters()).device
+    device, model, prior = gpu.device(), gpu.there(model), prior and gpu.there(prior)
     pixels, noise = noise_sources(seed)
     parts = []
     for batch in images.split(BATCH):
@@ -79,7 +80,7 @@ def bounds(model: VAE, images: ImageSet, k: int = 100, subset: int = 500, prior:
 def elbo(model: VAE, images: ImageSet, split: str = "test", subset: int | None = None) -> dict[str, Any]:
     """Means over a split, or a random subset of it, in nats per image: ``rate``, ``distortion``, ``negative_elbo``."""
     pixels = getattr(images, split)
-    rate, distortion = evaluate(model, pixels if subset is None else pixels[_choose(len(pixels), subset)])
+    rate, distortion = evaluate(gpu.there(model), pixels if subset is None else pixels[_choose(len(pixels), subset)])
     parts = {"rate": rate.double().mean().item(), "distortion": distortion.double().mean().item()}
     return {**parts, "negative_elbo": sum(parts.values())}
 

@@ -42,7 +42,7 @@ class Muon(torch.optim.Adam):
         for _, weight in found:
             weight.grad = None  # not for Adam
         super().step()
-        alike: dict[Any, list[tuple[Tensor, Tensor, float]]] = {}  # matrices of one shape take their step together
+        alike: dict[Any, list[tuple[Tensor, Tensor, float | Tensor]]] = {}  # matrices of one shape take their step together
         for (group, weight), gradient in zip(found, gradients, strict=True):
             if gradient is None:
                 continue
@@ -57,7 +57,11 @@ class Muon(torch.optim.Adam):
         for members in alike.values():
             steps = orthogonalised(torch.stack([matrix for _, matrix, _ in members]))
             for (weight, _, size), step in zip(members, steps, strict=True):
-                weight.sub_(step.view(weight.shape), alpha=size)
+                step = step.view(weight.shape)
+                if isinstance(size, Tensor):  # in a recorded ``gpu.Step``
+                    weight.sub_(step * size)
+                else:
+                    weight.sub_(step, alpha=size)
 
 
 def groups(model: nn.Module, *others: nn.Module) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from vaenb import gpu
 from vaenb.muon import Muon
 from vaenb.progress import Progress
 
@@ -227,7 +228,7 @@ def minimise(
     """Minimise the mean of a loss over data, with a short warm-up and linear decay of the learning rate to zero.
 
     Args:
-        loss: of a batch.
+        loss: of a batch, see ``gpu.Step``.
         module: whose parameters are learned.
         data: (N, ...), batched along the first axis in random order.
         name: for the progress line.
@@ -238,7 +239,18 @@ def minimise(
         ValueError: the loss became NaN or infinite.
     """
     steps = math.ceil(len(data) / batch_size)
-    optimiser = Muon(groups or module.parameters(), learning_rate)
+    optimiser, place = Muon(groups or module.parameters(), learning_rate), next(module.parameters()).device
+    data = data.to(place)
+
+    def work(batch: Tensor) -> Tensor:
+        value = loss(batch)
+        optimiser.zero_grad()
+        value.backward()
+        nn.utils.clip_grad_norm_(module.parameters(), 10 * math.sqrt(latents))
+        optimiser.step()
+        return value.detach()
+
+    take = gpu.Step(work, optimiser, place)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimiser,
         learning_rate,
@@ -252,13 +264,9 @@ def minimise(
         for epoch in range(epochs):
             total = 0.0
             for batch in torch.randperm(len(data)).split(batch_size):
-                value = loss(data[batch.to(data.device)])
-                optimiser.zero_grad()
-                value.backward()
-                nn.utils.clip_grad_norm_(module.parameters(), 10 * math.sqrt(latents))
-                optimiser.step()
+                value = take(data[batch.to(place)]).item()
                 schedule.step()
-                total += value.item() * len(batch)
+                total += value * len(batch)
                 progress.step()
             progress.milestone(f"epoch {epoch + 1}/{epochs}, loss {total / len(data):.3f}")
             if not math.isfinite(total):

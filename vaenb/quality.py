@@ -21,6 +21,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
+from vaenb import gpu
 from vaenb.data import ImageSet
 from vaenb.models import BATCH, VAE, noise_sources, reparametrise
 
@@ -32,14 +33,16 @@ def pictures(model: VAE, images: ImageSet, n: int, seed: int = 0) -> dict[str, T
     ``samples``: z ~ N(0, I); ``reconstructions``: z ~ q(z|x); ``data``: x. The same decoder draws the first two, so that
     what differs between them is where z comes from.
     """
+    model, place = gpu.there(model), gpu.device()
     pixels, noise = noise_sources(seed)
     samples, reconstructions = [], []
     for start in range(0, n, BATCH):
         z = torch.randn(min(BATCH, n - start), *model.latent_shape, generator=noise)
-        samples.append(model.decode(z).mean)
+        samples.append(model.decode(z.to(place)).mean.cpu())
     for batch in images.test[:n].split(BATCH):
-        q = model.encode(model.observed(batch, torch.rand(batch.shape, generator=pixels)))
-        reconstructions.append(model.decode(reparametrise(q, torch.randn(q.mean.shape, generator=noise))).mean)
+        q = model.encode(model.observed(batch, torch.rand(batch.shape, generator=pixels)).to(place))
+        z = reparametrise(q, torch.randn(q.mean.shape, generator=noise).to(place))
+        reconstructions.append(model.decode(z).mean.cpu())
     data = images.test[:n].float() / 255
     return {"samples": torch.cat(samples), "reconstructions": torch.cat(reconstructions), "data": data}
 

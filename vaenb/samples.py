@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vaenb import data
+from vaenb import data, gpu
 from vaenb.classifier import classifier, extract
 from vaenb.data import ImageSet
 from vaenb.dependence import aggregate, by_distance, correlation_products, permute
@@ -68,8 +68,9 @@ def latents(model: VAE, images: ImageSet, source: str, seed: int = 0) -> Tensor:
 
 @torch.no_grad()
 def decoded(model: VAE, z: Tensor) -> Tensor:
-    """Decoder means, (N, C, H, W) in [0, 1]."""
-    return torch.cat([model.decode(batch).mean for batch in z.split(BATCH)])
+    """Decoder means, (N, C, H, W) in [0, 1], on the CPU."""
+    model = gpu.there(model)
+    return torch.cat([model.decode(batch.to(gpu.device())).mean.cpu() for batch in z.split(BATCH)])
 
 
 def picture_quality(

@@ -19,15 +19,16 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from torch import Tensor
 
-from vaenb import checkpoints, cpu, data, folders, models, muon, pictures, pixels, processes, runs, shared
+from vaenb import checkpoints, cpu, data, folders, gpu, models, muon, pictures, pixels, processes, runs, shared
 from vaenb.config import Config, ConfigError, loss_of
 from vaenb.progress import Progress
 
 WARM_UP = 0.05  # share of all steps
 HISTORY = ("epoch", "rate", "distortion", "test_rate", "test_distortion")
 EXPLODED = 1e3  # times the loss of guessing every pixel by tossing a coin
-MODULES = (cpu, data, pixels, models, muon, checkpoints)
+MODULES = (cpu, gpu, data, pixels, models, muon, checkpoints)
 CODE = [*MODULES, *(sys.modules[name] for name in (Config.__module__, __name__))]  # what a run depends on
 
 
@@ -161,6 +162,22 @@ def _train(config: Config, images: data.ImageSet | data.FolderSet, folder: Path)
     history = checkpoints.restore(checkpoint, model, optimiser, fabric.strategy.precision)
     limit = EXPLODED * loss_of(config, torch.zeros(1), torch.full((1,), entries * math.log(2)), latents, entries).item()
 
+    def work(batch: Tensor, uniform: Tensor, noise: Tensor) -> Tensor:
+        """A step of training; the loss, and the sums of rate and distortion over the batch, of all processes."""
+        here = len(batch)
+        if not here:  # of a last batch with fewer images than there are processes: one image without weight
+            batch, uniform, noise = (x.new_zeros(1, *x.shape[1:]) for x in (batch, uniform, noise))
+        rate, distortion = wrapped(model.observed(batch, uniform), noise)
+        loss = loss_of(config, rate, distortion, latents, entries) * (here / size)  # this share's part
+        terms = processes.total(torch.stack([loss, rate[:here].sum(), distortion[:here].sum()]).detach())
+        optimiser.zero_grad()
+        fabric.backward(loss * processes.count())  # gradients are then averaged over the processes
+        optimiser.step()
+        return terms
+
+    # What processes tell each other and scaled losses are not recorded.
+    take = gpu.Step(work, optimiser, fabric.device, record=processes.count() == 1 and config.precision == "32-true")
+
     def stop_if_diverged(loss: float, when: str) -> None:
         if not loss < limit:  # also true of NaN
             kept = f"the checkpoint after epoch {len(history)} is kept in {folder}" if history else "no epoch was completed"
@@ -173,20 +190,13 @@ def _train(config: Config, images: data.ImageSet | data.FolderSet, folder: Path)
             # Every process draws the numbers of the whole batch and takes its share, so that they are those of one process.
             for step, batch in enumerate(images.batches(draw, config.batch_size, processes.share, fabric.device)):
                 size = min(config.batch_size, count - step * config.batch_size)  # of the batch, over all processes
-                uniform = processes.share(torch.rand(size, *images.image_shape, generator=draw)).to(fabric.device)
-                noise = processes.share(torch.randn(size, *model.latent_shape, generator=draw)).to(fabric.device)
+                uniform = processes.share(torch.rand(size, *images.image_shape, generator=draw))
+                noise = processes.share(torch.randn(size, *model.latent_shape, generator=draw))
                 for group in optimiser.param_groups:
-                    group["lr"] = config.learning_rate * schedule((epoch * steps + step) / (config.epochs * steps))
-                here = len(batch)
-                if not here:  # of a last batch with fewer images than there are processes: one image without weight
-                    batch, uniform, noise = (x.new_zeros(1, *x.shape[1:]) for x in (batch, uniform, noise))
-                rate, distortion = wrapped(model.observed(batch, uniform), noise)
-                loss = loss_of(config, rate, distortion, latents, entries) * (here / size)  # this share's part
-                terms = processes.total(torch.stack([loss, rate[:here].sum(), distortion[:here].sum()]).detach())
+                    rate = config.learning_rate * schedule((epoch * steps + step) / (config.epochs * steps))
+                    gpu.set_learning_rate(group, rate)
+                terms = take(batch, uniform, noise)
                 stop_if_diverged(terms[0].item(), f"at step {step + 1} of epoch {epoch + 1}")
-                optimiser.zero_grad()
-                fabric.backward(loss * processes.count())  # gradients are then averaged over the processes
-                optimiser.step()
                 sums += terms[1:]
                 progress.step()
             means = torch.zeros(2, dtype=torch.float64, device=fabric.device)  # of rate and distortion

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from vaenb import gpu
 from vaenb.models import VAE
 from vaenb.priors import Learned, standard_normal
 
@@ -82,7 +83,8 @@ class TwoStage(Learned):
     def _log_weight(self, z: Tensor) -> Tensor:
         """Log r(z, u) / q(u|z) for one draw of the second latent u, (N,)."""
         mean, log_scale = self.encoder(z).chunk(2, dim=1)
-        noise = torch.randn(mean.shape).to(mean)
+        shape = mean.shape
+        noise = gpu.drawn(lambda: torch.randn(shape), mean.device)
         u = mean + log_scale.exp() * noise
         likelihood = standard_normal((z - self.decoder(u)) / self.log_noise.exp()) - self.size * self.log_noise
         return likelihood + standard_normal(u) - standard_normal(noise) + log_scale.sum(dim=1)
