@@ -20,9 +20,33 @@ ARMS = [
 ]
 
 
-def without_recording(monkeypatch):
-    ordinary = gpu.Step.__init__
-    monkeypatch.setattr(gpu.Step, "__init__", lambda self, *args, record=True: ordinary(self, *args, record=False))
+@pytest.fixture
+def steps(monkeypatch):
+    """All that are made; ``record`` says whether they may be recorded."""
+
+    class Steps(list):
+        record = True
+
+    made, make = Steps(), gpu.Step.__init__
+
+    def noticed(self, *args, record=True):
+        make(self, *args, record=record and made.record)
+        made.append(self)
+
+    monkeypatch.setattr(gpu.Step, "__init__", noticed)
+    return made
+
+
+@pytest.fixture
+def on_the_cpu(monkeypatch):
+    """Call it to see no GPU from then on, and to forget what was computed on one."""
+
+    def leave():
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        worth._reconstructed.cache_clear()
+        samples.known_features.cache_clear()
+
+    return leave
 
 
 def test_a_step_on_a_cpu_is_an_ordinary_call():
@@ -82,12 +106,13 @@ def test_a_recorded_step_draws_anew_and_reads_the_learning_rate_of_the_moment():
 
 @needs_gpu
 @pytest.mark.parametrize("arm", ARMS, ids=str)
-def test_recorded_training_is_ordinary_training(arm, monkeypatch):
+def test_recorded_training_is_ordinary_training(arm, monkeypatch, steps):
     config = Config("digits", epochs=1, batch_size=60, **arm)  # with a smaller last batch
     recorded = fit(config)
     monkeypatch.setenv("VAENB_BUILD", str(recorded.folder.parent.parent / "ordinary"))
-    without_recording(monkeypatch)
+    steps.record = False
     ordinary = fit(config)
+    assert [step.graph is not None for step in steps] == [True, False]
     assert recorded.bound["negative_elbo"] == pytest.approx(ordinary.bound["negative_elbo"], rel=1e-3)
     for mine, theirs in zip(recorded.model.parameters(), ordinary.model.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0.02, atol=0.02)
@@ -95,11 +120,12 @@ def test_recorded_training_is_ordinary_training(arm, monkeypatch):
 
 @needs_gpu
 @pytest.mark.parametrize("rung", [rung for rung in ladder.RUNGS if rung not in ("N(0, I)", "per position")])
-def test_priors_learn_and_measure_as_on_a_cpu(rung, monkeypatch):
+def test_priors_learn_and_measure_as_on_a_cpu(rung, on_the_cpu, steps):
     run = fit(Config("digits", epochs=3))
     repaired = ladder.repair(run, rung, 6_000)
     measured = {f: getattr(worth, f)(repaired) for f in ("nats", "prior_quality")}
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert all(step.graph is not None for step in steps)
+    on_the_cpu()
     again = {f: getattr(worth, f)(repaired) for f in ("nats", "prior_quality")}
     assert measured["nats"]["gain"] == pytest.approx(again["nats"]["gain"], abs=0.01)
     for name in ("frechet", "to_reconstructions", "nearest"):
@@ -111,20 +137,19 @@ def test_priors_learn_and_measure_as_on_a_cpu(rung, monkeypatch):
 
 
 @needs_gpu
-def test_joint_training_is_the_same_as_on_a_cpu(monkeypatch):
+def test_joint_training_is_the_same_as_on_a_cpu(on_the_cpu, steps):
     run = fit(Config("digits", epochs=3))
     repaired = ladder.repair(run, "mixture", 6_000)
     tuned = ladder.tune(repaired, epochs=2)
-    with monkeypatch.context() as here:
-        here.setattr(torch.cuda, "is_available", lambda: False)
-        model, prior = copy.deepcopy(run.model), copy.deepcopy(repaired.prior)
-        joint.train_jointly(model, prior, run.images.train, 2, 8e-3, 0)
-        expected = likelihood.elbo(model, run.images)["negative_elbo"]
-        assert likelihood.elbo(tuned.run.model, run.images)["negative_elbo"] == pytest.approx(expected, abs=1.0)
-        bounds = worth.bounds(tuned, subset=50)
-        pictures = samples.decoded(model, dependence.aggregate(model, run.images.test))
+    assert all(step.graph is not None for step in steps)
+    bounds, z = worth.bounds(tuned, subset=50), dependence.aggregate(tuned.run.model, run.images.test)
+    pictures = samples.decoded(tuned.run.model, z)
+    on_the_cpu()
     for name, value in worth.bounds(tuned, subset=50).items():
         assert value == pytest.approx(bounds[name], abs=0.02)
-    there = samples.decoded(model, dependence.aggregate(model, run.images.test))
-    torch.testing.assert_close(there, pictures, rtol=0, atol=1e-3)
-    assert tuned.prior.means.device.type == "cpu"
+    torch.testing.assert_close(dependence.aggregate(tuned.run.model, run.images.test), z, rtol=0, atol=1e-3)
+    torch.testing.assert_close(samples.decoded(tuned.run.model, z), pictures, rtol=0, atol=1e-3)
+    model, prior = copy.deepcopy(run.model), copy.deepcopy(repaired.prior)
+    joint.train_jointly(model, prior, run.images.train, 2, 8e-3, 0)
+    expected = likelihood.elbo(model, run.images)["negative_elbo"]
+    assert likelihood.elbo(tuned.run.model, run.images)["negative_elbo"] == pytest.approx(expected, abs=1.0)

@@ -162,7 +162,8 @@ def _train(images: data.ImageSet, folder: Path) -> dict[str, Any]:
 
 @contextmanager
 def _repeatably(seed: int) -> Iterator[None]:
-    """One CPU thread and random numbers of its own: repeats bit for bit on a CPU, and the caller's go on as if nothing had been."""
-    with cpu.one_thread(), torch.random.fork_rng():
+    """One CPU thread, random numbers of its own: on a CPU repeats bit for bit; the caller's go on as if nothing had been."""
+    gpus = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with cpu.one_thread(), torch.random.fork_rng(gpus):
         torch.manual_seed(seed)
         yield

@@ -35,8 +35,8 @@ class Config:
         distortion_reduction, rate_reduction: how the loss adds up pixels and latents. ``sum`` and ``sum`` is −ELBO in
             nats; the other three are the mistakes that experiment E3 examines.
         epochs, batch_size, learning_rate: of ``muon.Muon``, with a short linear warm-up and linear decay to zero.
-        precision: ``32-true``, or ``bf16-mixed`` or ``16-mixed``, faster on GPUs: layers compute in 16 bits, weights and
-            losses stay in 32, and so does evaluation.
+        precision: ``32-true``, or ``bf16-mixed`` or ``16-mixed``, for large models on GPUs (steps are not recorded then, see
+            ``gpu.Step``): layers compute in 16 bits, weights and losses stay in 32, and so does evaluation.
         seed: of initialisation, order of the data, binarisation and latent noise.
 
     Raises:

@@ -208,13 +208,14 @@ def jobs() -> int:
     """How many notebooks to execute side by side here: one for each core, with ``ROOM`` of memory each; at least two.
 
     With a GPU at most ``ON_A_GPU``, since processes take turns on it, unless NVIDIA's Multi-Process Service has them compute
-    at the same time. Of containers, the limits of version 2 control groups count.
+    at the same time; memory of the GPU, about a GiB each, is not looked at. Of containers, the limits of version 2 control
+    groups count.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     together = Path(os.environ.get("CUDA_MPS_PIPE_DIRECTORY") or "/tmp/nvidia-mps", "control").exists()
-    gpu = ON_A_GPU if shutil.which("nvidia-smi") and not together else math.inf
-    return max(2, int(min(cores, _allowed("cpu.max"), memory / ROOM, _allowed("memory.max") / ROOM, gpu)))
+    on_a_gpu = ON_A_GPU if shutil.which("nvidia-smi") and not together else math.inf
+    return max(2, int(min(cores, _allowed("cpu.max"), memory / ROOM, _allowed("memory.max") / ROOM, on_a_gpu)))
 
 
 def _allowed(file: str) -> float:

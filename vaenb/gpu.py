@@ -1,5 +1,7 @@
 """How this project computes on a GPU, if there is one: as precisely as on a CPU, and steps of training as CUDA graphs.
 
+Importing it makes PyTorch's convolutions on GPUs as precise as other operations in single precision, in the whole process.
+
 A step of the small models here is hundreds of kernels of a few microseconds each. To ask for them one by one takes a process
 several times as long as the GPU needs to compute them; a graph, recorded once, asks for all of them at once.
 """
@@ -19,7 +21,7 @@ torch.backends.cudnn.allow_tf32 = False  # which convolutions round to 10 bits b
 
 
 def device() -> torch.device:
-    """Where to compute: the first GPU that PyTorch sees, else the CPU."""
+    """Where to compute: PyTorch's current GPU if it sees one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -32,10 +34,11 @@ class Step:
     """A step of training, recorded and replayed on a GPU; anywhere else an ordinary call.
 
     What it does must depend on its inputs' shapes alone: no decision on numbers that are on the GPU, and random numbers by
-    ``drawn``. Inputs of other shapes than the first ones, such as a smaller last batch, are never recorded.
+    ``drawn``, or from the GPU as those of dropout. Inputs of other shapes than the first ones, such as a smaller last batch,
+    are never recorded.
 
     Args:
-        work: of tensors on ``place``; what it changes stays where it is in memory.
+        work: of tensors on ``place``; what it reads and changes stays where it is in memory.
         optimiser: that it steps. If it is recorded, learning rates become numbers on the GPU: ``set_learning_rate``.
         place: where the module is that is trained.
         record: whether to record it at all.
@@ -55,7 +58,7 @@ class Step:
         if self.records:
             self.aside = torch.cuda.Stream()
             for group in optimiser.param_groups:
-                group |= {"lr": torch.tensor(float(group["lr"]), device=place), "capturable": True}
+                group.update(lr=torch.tensor(float(group["lr"]), device=place), capturable=True)
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         """What ``work`` returns for these inputs, which may be on the CPU; the next call may overwrite it."""

@@ -240,7 +240,7 @@ def minimise(
     """
     steps = math.ceil(len(data) / batch_size)
     optimiser, place = Muon(groups or module.parameters(), learning_rate), next(module.parameters()).device
-    data = data.to(place)
+    data, latents = data.to(place), math.prod(data.shape[1:])
 
     def work(batch: Tensor) -> Tensor:
         value = loss(batch)
@@ -259,7 +259,6 @@ def minimise(
         anneal_strategy="linear",
         cycle_momentum=False,
     )
-    latents = math.prod(data.shape[1:])
     with torch.enable_grad(), Progress(name, epochs * steps) as progress:
         for epoch in range(epochs):
             total = 0.0
@@ -271,6 +270,7 @@ def minimise(
             progress.milestone(f"epoch {epoch + 1}/{epochs}, loss {total / len(data):.3f}")
             if not math.isfinite(total):
                 raise ValueError(f"the loss of {name} became {total}: lower its learning_rate")
+    optimiser.zero_grad()  # gradients that lie in the memory of a recorded step
 
 
 def standard_normal(z: Tensor, first: int = 1) -> Tensor:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vaenb import dependence
+from vaenb import dependence, gpu
 from vaenb.classifier import classifier, extract
 from vaenb.ladder import Repaired
 from vaenb.quality import compare, frechet_distance
@@ -29,7 +29,7 @@ def prior_quality(repaired: Repaired) -> dict[str, Any]:
     run = repaired.run
     reference = halves(run.images)[1]
     pictures = {
-        "samples": decoded(run.model, repaired.prior.sample(len(reference), seed=HELD_OUT)),
+        "samples": decoded(run.model, gpu.there(repaired.prior).sample(len(reference), seed=HELD_OUT)),
         "reconstructions": decoded(run.model, dependence.aggregate(run.model, reference, HELD_OUT + 1)),
         "data": reference.float() / 255,
     }

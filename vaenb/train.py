@@ -175,7 +175,8 @@ def _train(config: Config, images: data.ImageSet | data.FolderSet, folder: Path)
         optimiser.step()
         return terms
 
-    # What processes tell each other and scaled losses are not recorded.
+    # Not recorded: several processes, which talk and may have unequal shares, and 16 bits, where losses are scaled and
+    # layers keep copies of weights.
     take = gpu.Step(work, optimiser, fabric.device, record=processes.count() == 1 and config.precision == "32-true")
 
     def stop_if_diverged(loss: float, when: str) -> None:
@@ -192,9 +193,9 @@ def _train(config: Config, images: data.ImageSet | data.FolderSet, folder: Path)
                 size = min(config.batch_size, count - step * config.batch_size)  # of the batch, over all processes
                 uniform = processes.share(torch.rand(size, *images.image_shape, generator=draw))
                 noise = processes.share(torch.randn(size, *model.latent_shape, generator=draw))
+                learning_rate = config.learning_rate * schedule((epoch * steps + step) / (config.epochs * steps))
                 for group in optimiser.param_groups:
-                    rate = config.learning_rate * schedule((epoch * steps + step) / (config.epochs * steps))
-                    gpu.set_learning_rate(group, rate)
+                    gpu.set_learning_rate(group, learning_rate)
                 terms = take(batch, uniform, noise)
                 stop_if_diverged(terms[0].item(), f"at step {step + 1} of epoch {epoch + 1}")
                 sums += terms[1:]
