@@ -83,7 +83,7 @@ faults: setup  ## kill -9, full disks, moved clocks and stores, two users at onc
 	@$(PY) tests/bench/faults.py
 
 fuzz: setup  ## all readers against 15,000 damaged files each (minutes)
-	@VAENB_FUZZ=15000 $(PY) -m pytest -q -n 2 tests/test_hostile.py
+	@VAENB_FUZZ=15000 $(PY) -m pytest -q -n 2 --dist load tests/test_hostile.py
 
 lint: setup  ## style and dead code
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check .

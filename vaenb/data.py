@@ -88,7 +88,7 @@ class ImageSet:
         """
         train = self.train.to(device)
         for batch in torch.randperm(len(train), generator=draw).split(batch_size):
-            yield train[share(batch).to(device)]
+            yield train.index_select(0, share(batch).to(device))  # faster than train[…]
 
 
 @functools.lru_cache(maxsize=8)  # the textures of a notebook take turns
