@@ -72,6 +72,34 @@ def test_missing_results_are_named(monkeypatch, tmp_path):
     assert not (tmp_path / "page.html").exists()
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda model: model["decoder"].pop("decoder.1.phases.bias"), "KeyError"),
+        (lambda model: model["decoder"]["from_latent.0.weight"].update(shape=[1]), "another length"),
+        (lambda model: model["priors"]["mixture"].update(means=1), "TypeError"),
+        (lambda model: model.update(latent_shape=[20]), r"not of \[20\] latents"),
+        (lambda model: model.clear(), "KeyError"),
+    ],
+)
+def test_damaged_decoders_are_refused(change, said, tmp_path):
+    good = ROOT / "figures" / "mnist" / "explorer.json"
+    assert page._decoders(good, "") == good.read_text()
+    models = json.loads(good.read_text())
+    change(models["FCNN-VAE, 7×7 map"])
+    damaged = tmp_path / "explorer.json"
+    damaged.write_text(json.dumps(models))
+    with pytest.raises(page.PageError, match=f"{said}.*make it"):
+        page._decoders(damaged, "make it")
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"a": 1}', "\x00", '{"a": {'])
+def test_what_holds_no_decoders_is_refused(content, tmp_path):
+    (tmp_path / "explorer.json").write_text(content)
+    with pytest.raises(page.PageError, match="make it"):
+        page._decoders(tmp_path / "explorer.json", "make it")
+
+
 # Random numbers that repeat (Steele, Lea & Flood 2014 in 32 bits, "mulberry32" of T. Ettinger)
 SEEDED = """let state = 1; Math.random = () => {
   state = (state + 0x6D2B79F5) | 0;

@@ -7,6 +7,8 @@ The write-up is ``notebooks/00_paper.ipynb`` as it is committed; the appendices 
 import argparse
 import base64
 import io
+import json
+import math
 import re
 import sys
 from html import escape
@@ -24,6 +26,7 @@ from vaenb.runs import ROOT, build_folder, write_atomically
 WRITE_UP = ROOT / "notebooks" / "00_paper.ipynb"
 DIAGNOSIS = ROOT / "notebooks" / "09_diagnosis.ipynb"  # an appendix, too, as it is committed
 EXPLORER = "<!-- explorer -->"  # where the write-up wants it
+LAYERS = ("from_latent.0", "decoder.1.phases", "decoder.3.phases")  # that it computes
 CELLS = """
 {%- extends 'classic/base.html.j2' -%}
 {% block input_group %}<details><summary>code</summary>
@@ -33,7 +36,7 @@ CELLS = """
 
 
 class PageError(Exception):
-    """What the page is made from is missing; the message says which command makes it."""
+    """What the page is made from is missing or damaged; the message says which command makes it."""
 
 
 def build(dataset: str = "mnist") -> str:
@@ -43,7 +46,7 @@ def build(dataset: str = "mnist") -> str:
         dataset: whose figures and executed notebooks.
 
     Raises:
-        PageError: the write-up, an executed notebook or a picture is missing.
+        PageError: the write-up, an executed notebook, a picture or the explorer's decoders are missing or damaged.
     """
     folder = ROOT / "figures" / dataset
     paper = _write_up(WRITE_UP)
@@ -57,10 +60,8 @@ def build(dataset: str = "mnist") -> str:
     heading = paper.h1.get_text()
     contents = [(tag["id"], tag.get_text()) for tag in paper.find_all("h2")]
     contents += [("appendices", "Appendices: the notebooks")]
-    decoders = folder / "explorer.json"
     wanted = EXPLORER in WRITE_UP.read_text()
-    if wanted and not decoders.is_file():
-        raise PageError(f"there is no {decoders}: make it with make 07_priors DATASET={dataset}")
+    decoders = _decoders(folder / "explorer.json", f"make it with make 07_priors DATASET={dataset}") if wanted else ""
     return _fill(
         "page.html.j2",
         title=escape(heading),
@@ -69,9 +70,28 @@ def build(dataset: str = "mnist") -> str:
         contents=[(anchor, escape(text)) for anchor, text in contents],
         paper=str(paper).replace(escape(EXPLORER), "").replace(EXPLORER, _asset("explorer.html")),
         appendices=[(anchor, escape(heading), str(body)) for anchor, heading, body in appendices],
-        explorer=decoders.read_text().replace("</", "<\\/") if wanted else "",
+        explorer=decoders.replace("</", "<\\/"),
         script=_asset("explorer.js"),
     )
+
+
+def _decoders(path: Path, remedy: str) -> str:
+    """What ``explorer.js`` draws with, from ``explorer.export``; every array of it as long as its shape says."""
+    if not path.is_file():
+        raise PageError(f"there is no {path}: {remedy}")
+    try:
+        content = path.read_text(encoding="utf-8")
+        for model in json.loads(content).values():
+            arrays = [model["decoder"][f"{layer}.{kind}"] for layer in LAYERS for kind in ("weight", "bias")]
+            arrays += [prior[name] for prior in model["priors"].values() for name in ("weights", "means", "factors")]
+            for array in [*arrays, model["examples"]["draws"]]:
+                if 4 * math.prod(array["shape"]) != len(base64.b64decode(array["base64"], validate=True)):
+                    raise ValueError(f"an array of {array['shape']} single precision numbers has another length")
+            if math.prod(model["latent_shape"]) != math.prod(model["examples"]["draws"]["shape"][1:]):
+                raise ValueError(f"examples are not of {model['latent_shape']} latents")
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise PageError(f"{path} is damaged or of another version ({type(error).__name__}: {error}): {remedy}") from None
+    return content
 
 
 def _write_up(path: Path) -> BeautifulSoup:
