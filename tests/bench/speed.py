@@ -191,16 +191,17 @@ def show(numbers: dict[str, Any]) -> None:
         "sampling": {"xscale": "log", "yscale": "log", "ylim": (1e-4, 1e5)},
     }
     growth = max(max(values) / values[0] for panel in across for values in scaling[panel].values())
+    finding = "does not grow" if growth < 1.05 else f"grows to {growth:.1f} times at most"
     figures.save(
         figures.curves(
-            panels, labels, f"Time per image, pixel and sample grows to {growth:.1f} times at most with their number",
+            panels, labels, f"Time per image, pixel and sample {finding} with their number",
             axes_options=options, legend="upper right",
         ),
         "bench_speed",
         "mnist",
         numbers=numbers,
         alt="Time per image against the number of images, per million pixels against the size of the canvas, and per sample "
-        f"against the number of samples: lines that fall, or rise to {growth:.1f} times where they start at most.",
+        f"against the number of samples: it {finding}.",
         note="One thread of a server without a GPU, measured once; medians where a picture is small. Sampling: latents of "
         "the 7×7 map; decoding: random weights, map in 64×64 tiles, one channel (trunks of 16 "
         "and 32) or three (32 and 64).",
