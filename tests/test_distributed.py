@@ -190,6 +190,62 @@ def test_a_process_that_hangs_is_not_waited_for_for_ever(tmp_path):
         first.kill()
 
 
+@pytest.mark.parametrize(
+    ("says", "becomes"),
+    [
+        ("[third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer", processes.ProcessLost),
+        ("Application timeout caused pair closure", processes.ProcessLost),  # that of another operation
+        ("mat1 and mat2 shapes cannot be multiplied", RuntimeError),
+    ],
+)
+def test_only_broken_connections_become_a_lost_process(monkeypatch, says, becomes):
+    monkeypatch.setattr(processes, "LET_GO", 0.0)
+    with pytest.raises(RuntimeError) as raised, processes._watching():
+        raise RuntimeError(says)
+    assert raised.type is becomes
+
+
+def test_what_gloo_still_holds_when_a_process_is_lost_does_not_abort_the_other(tmp_path):
+    script = tmp_path / "leaves.py"
+    script.write_text(f"""
+import datetime, os, sys, time
+import torch, torch.distributed as dist
+from vaenb import processes
+
+dist.init_process_group(
+    "gloo", init_method="tcp://127.0.0.1:{free_port()}", rank=int(os.environ["RANK"]), world_size=2,
+    timeout=datetime.timedelta(seconds=2),
+)
+dist.barrier()
+if os.environ["RANK"] == "1":
+    time.sleep(60)
+
+class Late:
+    def __del__(self, sleep=time.sleep):  # an interpreter that takes its time to end
+        sleep(2)
+
+late = Late()
+try:
+    with processes._watching():
+        first = dist.all_reduce(torch.ones(10), async_op=True)
+        for _ in range(100):
+            dist.all_reduce(torch.ones(10), async_op=True)
+        first.wait()
+except processes.ProcessLost:
+    sys.exit(3)
+""")
+    first, second = (
+        subprocess.Popen([sys.executable, str(script)], env=environment(tmp_path, RANK=rank), stderr=subprocess.PIPE)
+        for rank in ("0", "1")
+    )
+    try:
+        output = first.communicate(timeout=60)[1]
+        assert first.returncode == 3, output
+    finally:
+        second.kill()
+        second.communicate()
+
+
 def test_mixed_precision_is_near_full_precision_and_another_run(monkeypatch):
     config = dataclasses.replace(TINY, epochs=1)
     full, mixed = fit(config), fit(dataclasses.replace(config, precision="bf16-mixed"))

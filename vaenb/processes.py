@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 # evaluates the test images; of a process that dies, the others are told at once, when its connections close.
 TIMEOUT = timedelta(minutes=30)
 POLL = 2.0  # seconds between two looks at a run that another job is busy with
+# Seconds. When a connection breaks, all operations on it fail at once, but the threads of Gloo that hold their tensors abort
+# the process if Python ends before they have let go (github.com/pytorch/pytorch/pull/179291).
+LET_GO = 1.0
+GLOO_SAYS = ("gloo", "pair closure")  # in errors of broken connections: its file, or that another operation has timed out
 
 
 class ProcessLost(RuntimeError):
@@ -201,9 +205,10 @@ def _watching() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        broken = isinstance(error, dist.DistError) or (type(error) is RuntimeError and "gloo" in str(error).lower())
-        if not broken:
+        of_gloo = type(error) is RuntimeError and any(words in str(error).lower() for words in GLOO_SAYS)
+        if not (of_gloo or isinstance(error, dist.DistError)):
             raise
+        time.sleep(LET_GO)
         raise ProcessLost(
             f"process {rank()} of {count()} stops: another one has stopped, or did not answer for {TIMEOUT} (h:min:s)."
             " Completed epochs are kept: run the same command again, with as many processes as you like"
