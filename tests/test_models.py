@@ -4,7 +4,19 @@ import pytest
 import torch
 from torch.distributions import kl_divergence
 
-from vaenb.models import ARMS, VAE, Conv2d, ImageSizeError, Residual, SubpixelUp, ToMap, ToVector, evaluate, reparametrise
+from vaenb.models import (
+    ARMS,
+    VAE,
+    AcrossPositions,
+    Conv2d,
+    ImageSizeError,
+    Residual,
+    SubpixelUp,
+    ToMap,
+    ToVector,
+    evaluate,
+    reparametrise,
+)
 
 STRIDE_OF = {7: 4, 14: 2, 28: 1}
 
@@ -222,6 +234,7 @@ VARIANTS = [
     {"kernel_size": 5, "padding": "circular", "coordinates": True},
     {"arm": "mixed", "reach": 1},
     {"arm": "mixed", "reach": 0, "coordinates": True},
+    {"arm": "mixed", "sides": "decoder"},
 ]
 
 
@@ -237,12 +250,31 @@ def test_variants_share_trunks_and_train(options):
 
 
 def test_a_reach_as_long_as_the_map_is_a_global_layer():
-    torch.manual_seed(0)
-    limited = VAE("mixed", reach=6)
-    torch.manual_seed(0)
-    whole = VAE("mixed")
+    limited, whole = VAE("mixed", reach=6), VAE("mixed")
+    limited.load_state_dict(whole.state_dict())
     z = torch.randn(2, 1, 7, 7)
     torch.testing.assert_close(limited.decode(z).mean, whole.decode(z).mean, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("reach", [0, 2])
+def test_a_layer_with_a_reach_starts_as_the_model_without_it(reach):
+    plain, limited = VAE(), VAE("mixed", reach=reach)
+    shared = {name.replace("from_latent.0", "from_latent.1"): tensor for name, tensor in plain.state_dict().items()}
+    missing, unknown = limited.load_state_dict(shared, strict=False)
+    assert sorted(missing) == [
+        f"{way}_latent.{i}.{what}" for way, i in (("from", 0), ("to", 1)) for what in ("bias", "weight")
+    ]
+    assert not unknown
+    x, z = torch.rand(3, 1, 28, 28), torch.randn(3, 1, 7, 7)
+    torch.testing.assert_close(limited.encode(x).mean, plain.encode(x).mean)
+    torch.testing.assert_close(limited.decode(z).mean, plain.decode(z).mean)
+
+
+@pytest.mark.parametrize(("sides", "layers"), [("both", (1, 1)), ("encoder", (1, 0)), ("decoder", (0, 1))])
+def test_layers_across_positions_are_on_the_sides_asked_for(sides, layers):
+    vae = VAE("mixed", sides=sides)
+    found = [sum(isinstance(layer, AcrossPositions) for layer in part) for part in (vae.to_latent, vae.from_latent)]
+    assert tuple(found) == layers
 
 
 def test_spatial_variants_take_images_of_any_size():
@@ -260,6 +292,8 @@ def test_spatial_variants_take_images_of_any_size():
         ({"arm": "dense", "coordinates": True}, "the dense arm has none"),
         ({"arm": "dense", "kernel_size": 5}, "the dense arm has none"),
         ({"reach": 2}, "only the mixed arm"),
+        ({"sides": "decoder"}, "only the mixed arm"),
+        ({"arm": "mixed", "sides": "left"}, "choose one of both, encoder, decoder"),
         ({"blocks": -1}, "at least 0"),
     ],
 )

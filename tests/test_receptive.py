@@ -25,6 +25,7 @@ LOCAL = [
     {"stride": 2, "blocks": 2},
     {"stride": 1, "blocks": 1, "padding": "circular"},
     {"arm": "mixed", "stride": 4, "reach": 1},
+    {"arm": "mixed", "stride": 4, "sides": "encoder"},
 ]
 
 

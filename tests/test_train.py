@@ -159,6 +159,8 @@ def test_a_last_step_that_ruins_the_weights_is_not_stored(monkeypatch):
         ({"arm": "dense", "coordinates": True}, "the dense arm has none"),
         ({"reach": 1}, "for the mixed arm"),
         ({"arm": "mixed", "reach": -1}, "whole number"),
+        ({"sides": "decoder"}, "for the mixed arm"),
+        ({"arm": "mixed", "sides": "none"}, "choose one of both, encoder, decoder"),
     ],
 )
 def test_impossible_configs(bad, message):

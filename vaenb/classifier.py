@@ -74,7 +74,8 @@ def classifier(dataset: str) -> Classifier:
     spec = {"dataset": dataset, "data": images.fingerprint, "torch": torch.__version__}
     code = [cpu, gpu, data, sys.modules[__name__]]
     folder = runs.entry(f"classifier-{data.slug(dataset)}", spec, code, lambda folder: _train(images, folder))
-    network = _untrained(images)
+    with torch.random.fork_rng(devices=[]):
+        network = _untrained(images)
     network.load_state_dict(safetensors.torch.load_file(folder / "classifier.safetensors"))
     return network.to(memory_format=torch.channels_last).eval().requires_grad_(False)  # CPUs are faster in this layout
 

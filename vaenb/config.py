@@ -28,7 +28,7 @@ class Config:
         latent_size: side of the latent map in positions: 7, 14 or 28 for 28×28 images. Sets the stride of the trunks.
         latent_channels: channels of the map.
         latents: length of the latent vector of ``dense``; None: as many as the map has.
-        kernel_size, padding, coordinates, reach: of the layers next to the map; see ``models.VAE``.
+        kernel_size, padding, coordinates, reach, sides: of the layers next to the map; see ``models.VAE``.
         hidden: channels of the two stages of the trunks, the outer one first.
         blocks: residual blocks of each trunk, where it meets the bottleneck.
         likelihood: of the pixels; see ``pixels``.
@@ -52,6 +52,7 @@ class Config:
     padding: str = "zeros"
     coordinates: bool = False
     reach: int | None = None
+    sides: str = "both"
     hidden: tuple[int, int] = (16, 32)
     blocks: int = 0
     likelihood: str = "bernoulli"
@@ -68,6 +69,7 @@ class Config:
             "arm": models.ARMS,
             "padding": models.PADDINGS,
             "coordinates": (False, True),
+            "sides": models.SIDES,
             "likelihood": LIKELIHOODS,
             "distortion_reduction": REDUCTIONS,
             "rate_reduction": REDUCTIONS,
@@ -80,14 +82,21 @@ class Config:
             value = getattr(self, name)
             if (value is not None or name != "latents") and (not isinstance(value, int) or value < 1):
                 raise ConfigError(f"{name}={value!r}: expected a whole number of at least 1")
-        object.__setattr__(self, "hidden", tuple(self.hidden))  # a list, if it comes from a parameter file
-        if len(self.hidden) != 2 or not all(isinstance(width, int) and width > 0 for width in self.hidden):
+        if isinstance(self.hidden, list):  # from a parameter file
+            object.__setattr__(self, "hidden", tuple(self.hidden))
+        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
+            raise ConfigError(f"seed={self.seed!r}: expected a whole number from 0 to 2³² − 1")
+        if (
+            not isinstance(self.hidden, tuple)
+            or len(self.hidden) != 2
+            or not all(isinstance(width, int) and width > 0 for width in self.hidden)
+        ):
             raise ConfigError(
                 f"hidden={self.hidden!r}: expected two whole numbers of at least 1, the channels of the two stages"
             )
         if not isinstance(self.blocks, int) or self.blocks < 0:
             raise ConfigError(f"blocks={self.blocks!r}: expected a whole number of at least 0")
-        if not 0 < self.learning_rate < math.inf:
+        if not isinstance(self.learning_rate, (int, float)) or not 0 < self.learning_rate < math.inf:
             raise ConfigError(f"learning_rate={self.learning_rate!r}: expected a positive number")
         if self.latents is not None and self.arm != "dense":
             raise ConfigError(f"latents={self.latents} is for the dense arm; {self.arm} has latent_channels per position")
@@ -95,6 +104,8 @@ class Config:
             raise ConfigError(
                 f"reach={self.reach!r}: expected a whole number of positions for the mixed arm, not {self.arm}"
             )
+        if self.sides != "both" and self.arm != "mixed":
+            raise ConfigError(f"sides={self.sides!r} is for the mixed arm; {self.arm} has no layers across positions")
         if self.kernel_size % 2 == 0:
             raise ConfigError(f"kernel_size={self.kernel_size}: expected an odd number")
         if self.arm == "dense" and (self.kernel_size != 3 or self.coordinates):
@@ -109,6 +120,7 @@ class Config:
         parts += [f"kernel{self.kernel_size}"] * (self.kernel_size != 3) + [self.padding] * (self.padding != "zeros")
         parts += (
             [f"reach{self.reach}"] * (self.reach is not None)
+            + [f"{self.sides}-only"] * (self.sides != "both")
             + ["coordinates"] * self.coordinates
             + ["hidden{}-{}".format(*self.hidden)] * (tuple(self.hidden) != (16, 32))
             + [f"blocks{self.blocks}"] * (self.blocks > 0)
@@ -137,7 +149,7 @@ class Config:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             stride = self.stride(image_shape[1:])
-            same = ("hidden", "blocks", "kernel_size", "padding", "coordinates", "reach", "likelihood")
+            same = ("hidden", "blocks", "kernel_size", "padding", "coordinates", "reach", "sides", "likelihood")
             options = {name: getattr(self, name) for name in same}
             model = models.VAE(self.arm, image_shape, stride, self.latent_channels, self.latents, **options)
             return model.to(memory_format=torch.channels_last)  # faster convolutions on CPUs and GPUs alike

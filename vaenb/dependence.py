@@ -142,8 +142,9 @@ def morans_i(maps: np.ndarray) -> np.ndarray:
     _, height, width = _check_maps(maps)
     centred = maps.astype(np.float64) - maps.mean(axis=(1, 2), keepdims=True)
     squares = (centred**2).sum(axis=(1, 2))
-    if not squares.all():
-        raise ValueError(f"map {int(np.argmin(squares))} is the same everywhere: Moran's I is not defined for it")
+    varies = np.ptp(maps, axis=(1, 2)) > 0  # a mean that is rounded leaves squares that are not 0
+    if not varies.all():
+        raise ValueError(f"map {int(np.argmin(varies))} is the same everywhere: Moran's I is not defined for it")
     across = (centred[:, :, :-1] * centred[:, :, 1:]).sum(axis=(1, 2))
     down = (centred[:, :-1] * centred[:, 1:]).sum(axis=(1, 2))
     pairs = height * (width - 1) + (height - 1) * width

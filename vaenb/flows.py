@@ -149,11 +149,10 @@ class FlowMatching(Convolutional):
         Chen et al. 2018 (instantaneous change of variables), Grathwohl et al. 2019 (Hutchinson's estimator).
         """
         z, change = self.to_patches(z), 0
-        generator = torch.Generator().manual_seed(0)
         for step in reversed(range(self.steps)):
             end, middle = (z.new_full((len(z),), (step + part) / self.steps) for part in (1, 0.5))
             halfway = z - self.velocity(z, end) / (2 * self.steps)
-            direction = torch.randint(2, z.shape, generator=generator).to(z) * 2 - 1
+            direction = torch.randint(2, z.shape).to(z) * 2 - 1
             with torch.enable_grad():
                 halfway = halfway.detach().requires_grad_()
                 speed = self.velocity(halfway, middle)

@@ -263,8 +263,11 @@ class FullGaussian(Mixture):
 
     def _fit(self, z: Tensor) -> None:
         _check_varies(z)
-        everything = torch.arange(len(z), device=z.device)
-        self._maximise(*self._statistics(z.flatten(1), [everything], [z.new_ones(len(z))]))
+        flat, everything = z.flatten(1), torch.arange(len(z), device=z.device)
+        centre = flat.mean(dim=0)  # first, or squares of what lies far from 0 would lose the variance
+        self._maximise(*self._statistics(flat - centre, [everything], [z.new_ones(len(z))]))
+        with torch.no_grad():
+            self.means.add_(centre)
 
 
 def _check_varies(z: Tensor) -> None:

@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -30,7 +29,7 @@ from vaenb.models import VAE
 from vaenb.priors import Convolutional, Prior, StandardNormal
 from vaenb.progress import Progress
 from vaenb.stationary import StationaryFlow
-from vaenb.train import Run
+from vaenb.train import VERSIONS, Run
 from vaenb.two_stage import TwoStage, Vamp
 
 RUNGS: dict[str, tuple[type[Prior], dict[str, Any]]] = {
@@ -58,9 +57,6 @@ AT_A_POSITION = 8  # components of the autoregressive prior where a patch is one
 EACH = 8  # times as many draws of z teach the fine mixture
 WORTH = 2  # times as many components it may have for that: the draws are of no more images
 PER_COMPONENT = 6  # latents for each entry of the mean of a component of a mixture, at least
-
-
-VERSIONS = {name: version(name) for name in ("torch", "zuko", "scikit-learn")}  # that a fit depends on
 
 
 @dataclass(frozen=True)
@@ -94,7 +90,7 @@ class Repaired:
                 progress.milestone("measured")
             return result
 
-        spec = {"prior": self.folder.name, "function": function.__qualname__, "arguments": arguments}
+        spec = {"prior": self.folder.name, "function": function.__qualname__, "arguments": arguments, **VERSIONS}
         label = f"{self.run.config.label}-{_slug(self.rung)}-{function.__name__}"
         return runs.read(runs.entry(label, spec, runs.with_imports(inspect.getmodule(function)), compute, wait))["summary"]
 

@@ -100,7 +100,9 @@ def rate_distortion(weights: Tensor, variance: float | Tensor, covariance: Tenso
     rate = 0.5 * (spread.trace() + (mean @ covariance @ mean.T).trace() - len(spread) - spread.logdet())
     residual = torch.eye(len(weights), dtype=torch.float64) - weights @ mean
     error = (residual @ covariance @ residual.T).trace() + (weights @ spread @ weights.T).trace()
-    return rate, 0.5 * (len(weights) * torch.log(2 * math.pi * torch.as_tensor(variance)) + error / variance)
+    return rate, 0.5 * (
+        len(weights) * torch.log(2 * math.pi * torch.as_tensor(variance, dtype=torch.float64)) + error / variance
+    )
 
 
 def kl_of_aggregate(excess: Tensor) -> float:

@@ -21,6 +21,7 @@ from vaenb import pixels
 
 ARMS = ("spatial", "dense", "mixed")
 STRIDES = (1, 2, 4)
+SIDES = ("both", "encoder", "decoder")
 PADDINGS = ("zeros", "circular")
 LOG_SCALE = -3.0  # of photographs' grey values around their means, in units of their range, before training
 BATCH = 125  # images through a model at once when nothing is trained: what fits into a cache is faster
@@ -129,7 +130,8 @@ class AcrossPositions(nn.Linear):
     """One linear layer across the positions of a map, the same for every channel: the smallest global layer.
 
     With a ``reach`` it is no longer global: a position sees those at most that many rows and columns away, each with a
-    weight of its own (a locally connected layer).
+    weight of its own (a locally connected layer). It then starts as the identity, at which the model is that without the
+    layer: one random number in the place of many is a bad start.
     """
 
     def __init__(self, height: int, width: int, reach: int | None = None):
@@ -139,8 +141,9 @@ class AcrossPositions(nn.Linear):
         distance = torch.maximum(*((axis.flatten()[:, None] - axis.flatten()).abs() for axis in (y, x)))
         near = (distance <= (max(height, width) if reach is None else reach)).float()
         self.register_buffer("near", near, persistent=False)
-        with torch.no_grad():  # as wide as for a layer with as few inputs
-            self.weight *= near * (near.shape[1] / near.sum(dim=1, keepdim=True)).sqrt()
+        if reach is not None:
+            nn.init.eye_(self.weight)
+            nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, h, w) -> (N, C, h, w)."""
@@ -194,12 +197,13 @@ class VAE(nn.Module):
         padding: ``zeros``, or ``circular``: the image is a torus, and nothing tells a position from another.
         coordinates: whether those two convolutions are told where each position lies.
         reach: of the linear layers of ``mixed``, in positions along each axis; None: across the whole map.
+        sides: where ``mixed`` has them: in ``encoder``, ``decoder`` or ``both``.
         likelihood: of the pixels given the latents, see ``pixels``.
 
     Raises:
         ValueError: unknown arm, stride or padding; an even kernel; fewer than 0 blocks; ``latents`` for a map;
-            ``kernel_size`` or ``coordinates`` for ``dense``, which has no convolution next to the latent; ``reach`` for
-            another arm than ``mixed``; an unknown likelihood.
+            ``kernel_size`` or ``coordinates`` for ``dense``, which has no convolution next to the latent; ``reach`` or
+            ``sides`` for another arm than ``mixed``; an unknown likelihood.
         ImageSizeError: the images are smaller than the stride.
     """
 
@@ -216,6 +220,7 @@ class VAE(nn.Module):
         padding: str = "zeros",
         coordinates: bool = False,
         reach: int | None = None,
+        sides: str = "both",
         likelihood: str = "bernoulli",
     ):
         super().__init__()
@@ -237,6 +242,10 @@ class VAE(nn.Module):
             raise ValueError("kernel_size and coordinates are of the convolutions next to a map: the dense arm has none")
         if reach is not None and arm != "mixed":
             raise ValueError(f"reach={reach} is of the layers across positions: only the mixed arm has them, not {arm}")
+        if sides not in SIDES:
+            raise ValueError(f"unknown sides {sides!r}: choose one of {', '.join(SIDES)}")
+        if sides != "both" and arm != "mixed":
+            raise ValueError(f"sides={sides!r} is of the layers across positions: only the mixed arm has them, not {arm}")
         if likelihood not in pixels.LIKELIHOODS:
             raise ValueError(f"unknown likelihood {likelihood!r}: choose one of {', '.join(pixels.LIKELIHOODS)}")
         self.arm, self.image_shape, self.stride, self.latent_channels = arm, tuple(image_shape), stride, latent_channels
@@ -259,7 +268,10 @@ class VAE(nn.Module):
             self.from_latent = nn.Sequential(nn.Linear(self.latent_shape[0], flat), ToMap(inner, height, width))
         else:
             self.latent_shape = (latent_channels, height, width)
-            across = [[AcrossPositions(height, width, reach)] if arm == "mixed" else [] for _ in range(2)]
+            across = [
+                [AcrossPositions(height, width, reach)] if arm == "mixed" and sides in ("both", side) else []
+                for side in ("encoder", "decoder")
+            ]
             where = [WithCoordinates()] if coordinates else []
             same = {"kernel_size": kernel_size, "padding": kernel_size // 2, "padding_mode": padding}
             more = 2 * len(where)

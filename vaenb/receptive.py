@@ -32,14 +32,14 @@ def receptive_field(model: VAE, size: tuple[int, int] | None = None) -> tuple[np
     ``columns[x, j]``. Weights that happen to be zero can make a field smaller, nothing can make it larger.
 
     Args:
-        model: of the ``spatial`` arm, or ``mixed`` with a ``reach``.
+        model: of the ``spatial`` arm, or ``mixed`` with a ``reach`` or with its layer on the side of the encoder.
         size: height and width of the image; by default the training size.
 
     Returns:
         Two boolean arrays, (H, h) and (W, w).
 
     Raises:
-        GlobalLayerError: ``dense``, and ``mixed`` without a ``reach``.
+        GlobalLayerError: ``dense``, and a decoder of ``mixed`` without a ``reach``.
     """
     size = size or tuple(model.image_shape[1:])
     fields = []

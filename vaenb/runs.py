@@ -32,9 +32,15 @@ PLUMBING = ("vaenb.runs", "vaenb.progress", "vaenb.processes", "vaenb.shared")
 HELPER = "VAENB_HELPER"  # in a helper's environment (``vaenb.shared``): the lock of whoever makes its notebook's figures
 CHECKSUMS = "SHA256SUMS"  # in the format of sha256sum(1), so that anybody can check an entry
 
+SOURCES = {path: path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("*.py")}  # when this process began
+
 
 class Busy(Exception):
     """Another process is computing the entry."""
+
+
+class CodeEdited(RuntimeError):
+    """The source of this package has changed since this process began."""
 
 
 class DiskFull(OSError):
@@ -90,8 +96,18 @@ def sha256(path: Path) -> str:
 
 
 def code_of(module: ModuleType) -> str:
-    """A module's source without comments, docstrings and layout: what can change a result, and nothing else."""
-    return _code(inspect.getsource(module))
+    """A module's source without comments, docstrings and layout: what can change a result, and nothing else.
+
+    Raises:
+        CodeEdited: it is no longer that which this process runs.
+    """
+    source, path = inspect.getsource(module), Path(inspect.getfile(module))
+    if (began := SOURCES.get(path, source)) != source and _code(began) != _code(source):
+        raise CodeEdited(
+            f"{path} was edited while this process was running, which still computes with the code of before: restart the "
+            "kernel or command, so that nothing old is kept under the name of the new"
+        )
+    return _code(source)
 
 
 def with_imports(module: ModuleType) -> list[ModuleType]:

@@ -80,7 +80,8 @@ def picture_quality(
 
     Those of ``quality.compare``, and ``one_stroke``: the share that is one connected component; ``mean_image_error``:
     squared difference of the mean pictures, relative to the variance between data, both summed over pixels: is ink where it
-    should be on average?
+    should be on average? ``mean_image_contrast``: variance over pixels of the mean picture, relative to that of the mean
+    reference image: 0 where all places look alike on average, as T2 has it up to the total stride.
 
     Args:
         model, images: see ``Run.measure``.
@@ -90,14 +91,16 @@ def picture_quality(
     """
     network, known = classifier(images.name), known_features(images.name)
     grey = halves(images)[1].float() / 255
+    centre = grey.mean(dim=0)
     results = {}
     for source in sources:
         pictures = decoded(model, latents(model, images, source, seed))
-        offset = (pictures.mean(dim=0) - grey.mean(dim=0)).square().sum() / grey.var(dim=0).sum()
+        mean = pictures.mean(dim=0)
         results[source] = {
             **compare(extract(network, pictures), known, slow),
             "one_stroke": float((connected_components(pictures) == 1).mean()),
-            "mean_image_error": offset.item(),
+            "mean_image_error": ((mean - centre).square().sum() / grey.var(dim=0).sum()).item(),
+            "mean_image_contrast": (mean.var() / centre.var()).item(),
         }
     return results
 

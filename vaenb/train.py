@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ WARM_UP = 0.05  # share of all steps
 HISTORY = ("epoch", "rate", "distortion", "test_rate", "test_distortion")
 EXPLODED = 1e3  # times the loss of guessing every pixel by tossing a coin
 MODULES = (cpu, gpu, data, pixels, models, muon, checkpoints)
+VERSIONS = {name: version(name) for name in ("torch", "zuko", "scikit-learn")}  # that fits and measurements depend on
 CODE = [*MODULES, *(sys.modules[name] for name in (Config.__module__, __name__))]  # what a run depends on
 
 
@@ -85,7 +87,7 @@ class Run:
                 progress.milestone("measured")
             return result
 
-        spec = {"run": self.folder.name, "function": function.__qualname__, "arguments": arguments}
+        spec = {"run": self.folder.name, "function": function.__qualname__, "arguments": arguments, **VERSIONS}
         label = f"{self.config.label}-{function.__name__}"
         return runs.read(runs.entry(label, spec, runs.with_imports(inspect.getmodule(function)), compute, wait))["summary"]
 

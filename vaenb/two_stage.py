@@ -94,9 +94,7 @@ class TwoStage(Learned):
         return -self._log_weight(z.flatten(1)).mean()
 
     def _log_prob(self, z: Tensor) -> Tensor:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(0)
-            weights = torch.stack([self._log_weight(z.flatten(1)) for _ in range(self.DRAWS)])
+        weights = torch.stack([self._log_weight(z.flatten(1)) for _ in range(self.DRAWS)])
         return torch.logsumexp(weights, dim=0) - math.log(self.DRAWS)
 
     def _sample(self, n: int, shape: Sequence[int], generator: torch.Generator) -> Tensor:
