@@ -112,7 +112,8 @@ def build(rung: str, model: VAE, count: int = COUNT) -> Prior:
         affordable = count * (WORTH if rung == FINE else 1) // (PER_COMPONENT * math.prod(model.latent_shape))
         options["components"] = max(1, min(options["components"], affordable))
     if issubclass(kind, Convolutional) and model.arm != "dense":
-        options.setdefault("patch", max(1, model.latent_shape[1] // SIDE))
+        patch = options.get("patch", max(1, model.latent_shape[1] // SIDE))
+        options["patch"] = next(side for side in range(patch, 0, -1) if not any(n % side for n in model.latent_shape[1:]))
         if kind is Autoregressive:  # a component has a covariance of all latents of a patch
             options["components"] = max(1, AT_A_POSITION // (model.latent_shape[0] * options["patch"] ** 2))
     with torch.random.fork_rng(devices=[]):
