@@ -3,7 +3,7 @@ import os
 import pytest
 
 os.environ["VAENB_PROGRESS"] = "off"
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers side by side, each on a core: two threads each would only wait
+os.environ["OMP_NUM_THREADS"] = "1"  # workers side by side, each on a core; and results to the bit depend on it
 
 
 @pytest.fixture(autouse=True)

@@ -48,6 +48,9 @@ def test_training_repeats_and_leaves_the_callers_random_numbers_alone(tmp_path, 
         assert torch.equal(torch.get_rng_state(), before)
         assert all(map(torch.equal, torch.cuda.get_rng_state_all(), on_gpus))
         written.append((tmp_path / name / "classifier.safetensors").read_bytes())
+    before = torch.get_rng_state()
+    classifier.classifier("digits")
+    assert torch.equal(torch.get_rng_state(), before)
     if not on_gpus:  # whose kernels add up in any order
         assert written[0] == written[1]
 

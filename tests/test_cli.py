@@ -22,7 +22,7 @@ def trained(tmp_path_factory):
             photographs.PRESETS, "small", {"hidden": (4, 8), "latent_channels": 2, "likelihood": "logistic", "epochs": 1}
         )
         patch.setitem(
-            ladder.ANY_SIZE, "stationary flow", (ladder.StationaryFlow, {"patch": 1, "epochs": 1, "hidden": 8, "steps": 2})
+            ladder.ANY_SIZE, "stationary flow", (ladder.StationaryFlow, {"patch": 2, "epochs": 1, "hidden": 8, "steps": 2})
         )
         out = tmp_path_factory.mktemp("out") / "land"
         assert main(["train", "photos", "--out", str(out)]) == 0
@@ -94,10 +94,10 @@ def test_a_folder_of_pictures_of_ones_own(trained, tmp_path, capsys):
     (tmp_path / "my archive").mkdir()
     for index, size in enumerate([(70, 90, 3), (64, 64, 3), (200, 130, 3), (66, 66, 3)]):
         Image.fromarray(generator.integers(256, size=size, dtype=np.uint8)).save(tmp_path / "my archive" / f"{index}.png")
-    data_name, out = f"folder-37:{tmp_path / 'my archive'}", tmp_path / "own"  # a size that the stride does not divide
+    data_name, out = f"folder-33:{tmp_path / 'my archive'}", tmp_path / "own"  # whose 9×9 maps halves do not divide
     assert main(["info", data_name]) == 0
     assert main(["train", data_name, "--out", str(out)]) == 0
-    assert "37×37 crops of the images in my archive" in bundle.load(out).about["data"]
+    assert "33×33 crops of the images in my archive" in bundle.load(out).about["data"]
     assert main(["sample", str(out), "--size", "50x30", "--out", str(tmp_path / "new.png")]) == 0
     assert np.asarray(Image.open(tmp_path / "new.png")).shape == (50, 30, 3)
     assert main(["train", "folder:nowhere", "--out", str(tmp_path / "x")]) == 1
@@ -176,6 +176,19 @@ def test_a_bundle_of_another_format_is_refused_rather_than_decoded_to_scrambled_
         bundle.BundleError, match=f"has format {older}, this version of vaenb reads 4: train the model again"
     ):
         bundle.load(tmp_path)
+
+
+def test_weights_of_others_in_the_folder_stay(trained, build, monkeypatch):
+    others = ["model-00001-of-00002.safetensors", "prior-mine.safetensors"]
+    older = trained / f"model-{'0' * 16}.safetensors"
+    for name in (*others, older.name):
+        (trained / name).write_text("weights")
+    repaired = ladder.repair(fit(Config(**bundle.load(trained).about["config"])), "stationary flow", 300)
+    bundle.save(repaired, trained)
+    assert all((trained / name).exists() for name in others)
+    assert not older.exists()
+    for name in others:
+        (trained / name).unlink()
 
 
 def test_the_bundle_is_what_was_trained(trained, build, monkeypatch):

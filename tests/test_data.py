@@ -10,7 +10,7 @@ import pytest
 import torch
 from torchvision import datasets
 
-from vaenb import data
+from vaenb import data, photographs
 
 
 @pytest.fixture(autouse=True)
@@ -18,6 +18,7 @@ def forget(monkeypatch, tmp_path):
     """No data set remembered from another test, none beside the checkout, and no mirror answers."""
     data.load.cache_clear()
     monkeypatch.setattr(data, "ROOT", tmp_path / "checkout")
+    monkeypatch.setenv("no_proxy", "*")  # servers of tests are here
     for cls in (datasets.MNIST, datasets.FashionMNIST):
         monkeypatch.setattr(cls, "mirrors", ["http://127.0.0.1:9/"])  # the discard port: refused at once
     yield
@@ -137,7 +138,11 @@ def test_mnist_never_falls_back():
         data.load("mnist")
 
 
-def test_without_a_network_the_command_line_hears_of_the_embedded_photographs():
+def test_without_a_network_the_command_line_hears_of_the_embedded_photographs(monkeypatch):
+    def no_network(base):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(photographs, "download_eurosat", no_network)
     with pytest.raises(data.DataError, match=r"download failed: .*what needs no network: photos or folder:PATH"):
         data.load("eurosat")
 

@@ -102,6 +102,8 @@ def test_statistics_of_maps_refuse_other_shapes():
             function(np.zeros((3, 1, 7, 7)))
     with pytest.raises(ValueError, match="the same everywhere"):
         dependence.morans_i(np.zeros((3, 7, 7)))
+    with pytest.raises(ValueError, match="map 1 is the same everywhere"):  # 0.1: whose mean is rounded
+        dependence.morans_i(np.stack([np.arange(49.0).reshape(7, 7), np.full((7, 7), 0.1)]))
 
 
 def test_products_of_correlations_are_unbiased_for_the_squared_correlation():

@@ -237,6 +237,7 @@ def test_a_lost_claim_fails_and_changes_nothing(project):
         ("dataset: digits\nepoch: 3\n", "no notebook has a parameter 'epoch'"),
         ("dataset: digits\n00_demo: {m: 3}\n", "notebook 00_demo has no parameter 'm'"),
         ("dataset: digits\n01_other: {n: 3}\n", "no notebook has a parameter '01_other'"),
+        ("dataset: digits\n00_demo: 5\n", "section 00_demo is 5, expected parameters of that notebook by name"),
         ("- a\n- b\n", "holds a list: expected lines of the form 'name: value'"),
         ("a: [unclosed\n", "cannot read the parameters"),
         ("n: !!python/object/apply:os.system ['touch executed']\n", "cannot read the parameters"),

@@ -133,6 +133,14 @@ def test_rate_and_distortion_add_up_and_agree_with_sampling():
         assert abs(draws.mean() - exact) < 4 * draws.std() / math.sqrt(len(draws))
 
 
+def test_rate_and_distortion_add_up_in_double_precision_whatever_the_default():
+    weights, covariance = random(200, 4).double(), random_covariance(200).double()
+    expected = negative_elbo(weights, 0.3, covariance)
+    torch.set_default_dtype(torch.float32)
+    rate, distortion = rate_distortion(weights, 0.3, covariance)  # the fixture of this module resets the default
+    assert (rate + distortion).item() == pytest.approx(expected.item(), rel=1e-12)
+
+
 def test_sampled_aggregate_has_the_predicted_covariance():
     weights, variance, covariance = random(10, 4), 0.4, random_covariance(10, rank=6)
     values, vectors = torch.linalg.eigh(covariance)

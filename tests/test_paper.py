@@ -39,6 +39,7 @@ def test_a_quoted_number_is_the_mean_over_seeds_and_names_its_source(results):
     assert text(results.verdict("E1.1")) == "against the prediction"
     assert number.n == 2
     assert text(f"{number.least():.0f}") == "1"
+    assert text(f"{Quoted((3.0,), 'x')}") == "3.0"
     with pytest.raises(ResultError, match="one seed"):
         f"{Quoted((1.0,), 'x'):.1f±}"
 

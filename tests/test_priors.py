@@ -151,6 +151,28 @@ def test_the_same_seed_gives_the_same_fit(name):
     assert not torch.equal(other.sample(20), fitted(name).sample(20))
 
 
+@pytest.mark.parametrize("name", ["flow-matching", "two-stage"])
+def test_estimates_of_densities_repeat_and_err_for_each_latent_by_itself(name, monkeypatch):
+    """A batch after another must not be estimated with the same random numbers: errors would add up in a mean."""
+    monkeypatch.setattr("vaenb.priors.BATCH", 3)
+    z = moons()[:3]
+    prior = fitted(name)
+    first, second = prior.log_prob(torch.cat([z, z])).split(3)
+    assert torch.equal(prior.log_prob(torch.cat([z, z])), torch.cat([first, second]))
+    assert not torch.isclose(first, second, rtol=1e-6).any()
+    state = torch.get_rng_state()
+    prior.log_prob(z)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_gaussian_of_latents_far_from_zero():
+    z = 1000 + moons()
+    near, far = FullGaussian(SHAPE), FullGaussian(SHAPE)
+    near.fit(moons())
+    far.fit(z)
+    torch.testing.assert_close(far.log_prob(z).mean(), near.log_prob(moons()).mean(), atol=1e-2, rtol=0)
+
+
 def test_gaussians_and_mixtures_have_the_densities_of_torch():
     z = moons()
     flat = z.flatten(1)

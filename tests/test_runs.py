@@ -3,10 +3,11 @@ import json
 import os
 import pickle
 import types
+from pathlib import Path
 
 import pytest
 
-from vaenb import runs
+from vaenb import models, runs
 
 
 def module(source, tmp_path, name="m"):
@@ -44,6 +45,24 @@ def test_key_depends_on_spec_and_code_but_not_on_comments_docstrings_or_layout(t
     keys = [runs.key({"a": 1}, [module(s, tmp_path, f"m{i}")]) for i, s in enumerate((base, same, other))]
     assert keys[0] == keys[1] != keys[2]
     assert runs.key({"a": 1, "b": 2}, []) == runs.key({"b": 2, "a": 1}, []) != runs.key({"a": 2, "b": 1}, [])
+
+
+def test_code_that_was_edited_while_it_runs_names_no_entry(monkeypatch):
+    path = Path(models.__file__)
+    monkeypatch.setitem(runs.SOURCES, path, path.read_text() + "\n# a comment changes nothing\n")
+    before = runs.key({}, [models])
+    monkeypatch.setitem(runs.SOURCES, path, path.read_text() + "\nBATCH = 7\n")
+    with pytest.raises(runs.CodeEdited, match=r"models\.py was edited while this process was running.*restart the kernel"):
+        runs.key({}, [models])
+    monkeypatch.undo()
+    assert runs.key({}, [models]) == before
+
+
+def test_what_a_file_manager_leaves_in_a_folder_is_no_damage():
+    folder = runs.entry("a", {}, [], make)
+    (folder / ".DS_Store").write_text("view")
+    assert runs.entry("a", {}, [], make) == folder
+    assert runs.problem_with(folder, {}) is None
 
 
 def _flip(path):

@@ -15,15 +15,32 @@ from vaenb.config import Config, ConfigError, effective_beta, loss_of
 from vaenb.train import TrainingDiverged, fit, fit_all, schedule
 
 TINY = Config("digits", "dense", latents=8, epochs=2)
-# a process of its own, as a notebook is
-SCRIPT = "from vaenb.config import Config; from vaenb.train import fit; fit(Config('digits', 'spatial', epochs={epochs}))"
+STEPS = 25  # of an epoch
+# a process of its own, as a notebook is, killed at a step of training
+SCRIPT = """
+import os, signal, sys
+from vaenb import train
+from vaenb.config import Config
+
+epochs, left = map(int, sys.argv[1:])
+step = train.Progress.step
+
+def counted(progress):
+    global left
+    left -= 1
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    step(progress)
+
+train.Progress.step = counted
+train.fit(Config("digits", "spatial", epochs=epochs))
+"""
 
 
-def launch(build, epochs):
-    environment = {**os.environ, "VAENB_BUILD": str(build), "VAENB_PROGRESS": "plain"}
-    return subprocess.Popen(
-        [sys.executable, "-c", SCRIPT.format(epochs=epochs)], stderr=subprocess.PIPE, text=True, env=environment
-    )
+def launch(build, epochs, killed_at=0):
+    environment = {**os.environ, "VAENB_BUILD": str(build), "VAENB_PROGRESS": "plain", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-W", "ignore", "-c", SCRIPT, str(epochs), str(killed_at)]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
 
 
 def stored(build):
@@ -59,12 +76,9 @@ def test_kill_in_mid_epoch_then_resume_equals_an_uninterrupted_run(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert launch(whole, 6).wait(timeout=300) == 0
     for epochs_before_the_kill in (2, 1):  # and again after a resume
-        process = launch(killed, 6)
-        for _ in range(epochs_before_the_kill):
-            assert "epoch" in process.stderr.readline()
-        time.sleep(0.15)  # into the next epoch
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process = launch(killed, 6, killed_at=epochs_before_the_kill * STEPS + STEPS // 2)
+        assert process.communicate(timeout=300)[1].count("epoch ") == epochs_before_the_kill
+        assert process.returncode == -signal.SIGKILL
         assert list((killed / "runs").glob("*.partial/checkpoint-*"))
         assert not list((killed / "runs").glob("*/SHA256SUMS"))
     last = launch(killed, 6)
@@ -76,11 +90,16 @@ def test_kill_in_mid_epoch_then_resume_equals_an_uninterrupted_run(tmp_path):
 
 
 def test_two_processes_that_want_the_same_run_train_it_once(tmp_path):
-    processes = [launch(tmp_path, 40) for _ in range(2)]  # seconds, so that the second one finds the first one at it
-    lines = "".join(process.communicate(timeout=300)[1] for process in processes)
-    assert [process.returncode for process in processes] == [0, 0]
-    assert lines.count("epoch 1/40") == 1
-    assert "waiting for another process" in lines
+    first = launch(tmp_path, 4)
+    assert "epoch 1/4" in first.stderr.readline()
+    first.send_signal(signal.SIGSTOP)  # so that the second one finds it at work, however fast it is
+    second = launch(tmp_path, 4)
+    assert "waiting for another process" in second.stderr.readline()
+    first.send_signal(signal.SIGCONT)
+    lines = "".join(process.communicate(timeout=300)[1] for process in (first, second))
+    assert [process.returncode for process in (first, second)] == [0, 0]
+    assert "epoch 1/4" not in lines
+    assert lines.count("epoch 4/4") == 1
 
 
 def test_a_damaged_run_is_set_aside_and_trained_again():
@@ -160,6 +179,11 @@ def test_a_last_step_that_ruins_the_weights_is_not_stored(monkeypatch):
         ({"reach": 1}, "for the mixed arm"),
         ({"arm": "mixed", "reach": -1}, "whole number"),
         ({"sides": "decoder"}, "for the mixed arm"),
+        ({"seed": -1}, "seed=-1: expected a whole number from 0"),
+        ({"seed": 1.5}, "seed=1.5: expected a whole number"),
+        ({"seed": 2**32}, "expected a whole number from 0"),
+        ({"hidden": 5}, "two whole numbers"),
+        ({"learning_rate": "fast"}, "expected a positive number"),
         ({"arm": "mixed", "sides": "none"}, "choose one of both, encoder, decoder"),
     ],
 )

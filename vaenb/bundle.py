@@ -8,6 +8,7 @@ prior-….safetensors     of the prior
 import dataclasses
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from vaenb.models import VAE
 from vaenb.priors import Prior
 
 DESCRIPTION = "bundle.json"
+WEIGHTS = re.compile(r"(model|prior)-[0-9a-f]{16}\.safetensors")
 # In the first, which named none, the phases of ``models.SubpixelUp`` came after the channels; in the second, positions of
 # the vectors of ``models.ToVector`` did; in the third, ``gaussians.Mixture`` whitened by the transpose, and
 # ``models.Residual`` had 1×1 convolutions for its linear layers.
@@ -68,8 +70,9 @@ def save(repaired: ladder.Repaired, folder: Path) -> None:
     }
     runs.write_atomically(folder / DESCRIPTION, json.dumps(about, ensure_ascii=False, indent=1) + "\n")
     kept = {_weights(folder, name, digest) for name, digest in sums.items()}
-    for older in {*folder.glob("model-*.safetensors"), *folder.glob("prior-*.safetensors")} - kept:
-        older.unlink()
+    for other in set(folder.glob("*.safetensors")) - kept:
+        if WEIGHTS.fullmatch(other.name):  # weights of others, such as model-00001-of-00002, are none of ours
+            other.unlink()
 
 
 def load(folder: Path) -> Bundle:
@@ -82,7 +85,7 @@ def load(folder: Path) -> Bundle:
     if not path.is_file():
         raise BundleError(f"{folder} is no trained model: it has no {DESCRIPTION}. Make one with python -m vaenb train")
     try:
-        about = json.loads(path.read_text())
+        about = json.loads(path.read_text(encoding="utf-8"))
         if (found := about.get("format", 1)) != FORMAT:
             raise BundleError(f"{path} has format {found!r}, this version of vaenb reads {FORMAT}: train the model again")
         config = Config(**about["config"])
@@ -105,4 +108,4 @@ def load(folder: Path) -> Bundle:
 
 
 def _weights(folder: Path, name: str, digest: str) -> Path:
-    return folder / f"{name}-{digest[:16]}.safetensors"
+    return folder / f"{name}-{digest[:16]}.safetensors"  # as in WEIGHTS

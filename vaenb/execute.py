@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import os
+import re
 import resource
 import shutil
 import sys
@@ -68,7 +69,7 @@ def parameters_for(notebook: str, path: Path, overrides: Mapping[str, Any]) -> d
         ExecutionError: the file is not a YAML mapping, or has a parameter or section that no notebook has.
     """
     try:
-        content = yaml.safe_load(path.read_text()) or {}
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ExecutionError(f"cannot read the parameters in {path}: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
@@ -76,6 +77,9 @@ def parameters_for(notebook: str, path: Path, overrides: Mapping[str, Any]) -> d
     has = {source.stem: _parameter_names(source) for source in sorted(NOTEBOOKS.glob("*.ipynb"))}
     sections = {key: value or {} for key, value in content.items() if key in has}
     shared = {key: value for key, value in content.items() if key not in has}
+    for section, values in sections.items():
+        if not isinstance(values, dict):
+            raise ExecutionError(f"{path}: section {section} is {values!r}, expected parameters of that notebook by name")
     for key in shared:
         if not any(key in names for names in has.values()):
             known = ", ".join(sorted(set().union(*has.values())))
@@ -109,7 +113,7 @@ def execute(notebook: str, path: Path, overrides: Mapping[str, Any]) -> bool:
         raise ExecutionError(f"there is no notebook {notebook!r} in {NOTEBOOKS}")
     if (shipped := NOTEBOOKS / "params" / path.name).exists() and path.resolve() != shipped.resolve():
         raise ExecutionError(f"{path} has the name of {shipped}, whose figures it would overwrite: give it another name")
-    name = "_".join([notebook, *map(str, overrides.values())])
+    name = "_".join([notebook, *(re.sub(r"[^\w.-]+", "-", str(value)) for value in overrides.values())])
     target, stamp = ROOT / "figures" / path.stem, build_folder() / "stamps" / path.stem / f"{name}.json"
     with exclusive(stamp.with_suffix(".lock")):
         key = _key(source, path, overrides)
@@ -193,7 +197,7 @@ def refresh(notebook: str) -> None:
     source = NOTEBOOKS / f"{notebook}.ipynb"
     staging = _empty(build_folder() / "staging" / "in-place" / notebook)
     _papermill(source, staging / source.name, {}, staging)
-    os.replace(staging / source.name, source)
+    write_atomically(source, (staging / source.name).read_bytes())  # build/ may lie on another device
     shutil.rmtree(staging)
 
 
@@ -353,7 +357,10 @@ def main(arguments: list[str] | None = None) -> None:
             name, equals, value = assignment.partition("=")
             if not equals:
                 raise ExecutionError(f"{assignment!r}: expected name=value")
-            overrides[name] = yaml.safe_load(value)
+            try:
+                overrides[name] = yaml.safe_load(value)
+            except yaml.YAMLError as error:
+                raise ExecutionError(f"{assignment!r}: {' '.join(str(error).split())}") from None
         if options.resolve:
             print(path)
         elif options.times:

@@ -60,7 +60,7 @@ def build(dataset: str = "mnist") -> str:
     heading = paper.h1.get_text()
     contents = [(tag["id"], tag.get_text()) for tag in paper.find_all("h2")]
     contents += [("appendices", "Appendices: the notebooks")]
-    wanted = EXPLORER in WRITE_UP.read_text()
+    wanted = EXPLORER in WRITE_UP.read_text(encoding="utf-8")
     decoders = _decoders(folder / "explorer.json", f"make it with make 07_priors DATASET={dataset}") if wanted else ""
     return _fill(
         "page.html.j2",

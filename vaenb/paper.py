@@ -63,7 +63,7 @@ class Quoted:
 
     def __format__(self, spec: str) -> str:
         kind, spec = spec[-1:], spec.rstrip("±…")
-        if kind in "±…" and len(self.values) < 2:
+        if kind in ("±", "…") and len(self.values) < 2:
             raise ResultError(f"{self.source} is of one seed: it has no spread")
         if kind == "…":
             low, high = interval(list(self.values))

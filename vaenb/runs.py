@@ -166,8 +166,9 @@ def entry(
         run = {"label": label, "spec": spec, "summary": summary, "environment": _environment()}
         write_atomically(partial / "run.json", json.dumps(run, indent=1, sort_keys=True) + "\n")
         for leftover in [*partial.glob(".*"), *partial.glob("checkpoint-*"), partial / CHECKSUMS]:
-            leftover.unlink(missing_ok=True)  # what only an interrupted ``make`` needs
-        files = sorted(partial.iterdir())
+            if leftover.is_file():
+                leftover.unlink()  # what only an interrupted ``make`` needs
+        files = sorted(_visible(partial))
         write_atomically(partial / CHECKSUMS, "".join(f"{sha256(path)}  {path.name}\n" for path in files))
         os.replace(partial, folder)
     return folder
@@ -178,7 +179,7 @@ def problem_with(folder: Path, spec: Mapping[str, Any]) -> str | None:
     try:
         lines = (folder / CHECKSUMS).read_text().splitlines()
         sums = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
-        present = {path.name for path in folder.iterdir()} - {CHECKSUMS}
+        present = {path.name for path in _visible(folder)} - {CHECKSUMS}
         if present != set(sums):
             return f"files {sorted(present ^ set(sums))} are missing or were not there when it was finished"
         if damaged := [name for name, digest in sums.items() if sha256(folder / name) != digest]:
@@ -188,6 +189,11 @@ def problem_with(folder: Path, spec: Mapping[str, Any]) -> str | None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{type(error).__name__}: {error}"
     return None
+
+
+def _visible(folder: Path) -> list[Path]:
+    """What is in a folder, without what file systems and file managers leave in it."""
+    return [path for path in folder.iterdir() if not path.name.startswith(".")]
 
 
 def read(folder: Path) -> dict[str, Any]:
