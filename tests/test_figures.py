@@ -95,7 +95,6 @@ def test_every_plot_renders_without_a_display(folder):
             ink[:10], {"x": generator.normal(size=(10, 28, 28))}, {"x": (0.1, generator.uniform(size=99))}, "T"
         ),
         figures.quantiles({"x": generator.normal(size=500)}, "T"),
-        figures.learning_curves({"dense": {"train": [[3, 2, 1]], "test": [[3, 2, 1.5]]}}, "T"),
         figures.loss_scaling(
             {"dense": {"s": ink}, "spatial": {"s": ink}}, {"dense": {"s": "c"}, "spatial": {"s": "c"}}, "T"
         ),

@@ -3,7 +3,7 @@
 Functions take results (arrays, lists of numbers) and know nothing of models.
 """
 
-from vaenb.figures.bugs import learning_curves, loss_scaling, quantiles
+from vaenb.figures.bugs import loss_scaling, quantiles
 from vaenb.figures.charts import Curve, Matrix, curves, matrices
 from vaenb.figures.controls import linear_model, textures
 from vaenb.figures.land import land
@@ -42,7 +42,6 @@ __all__ = [
     "grey",
     "land",
     "latent_maps",
-    "learning_curves",
     "linear_model",
     "loss_scaling",
     "map_sizes",

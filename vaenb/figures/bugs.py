@@ -1,6 +1,6 @@
 """Whether a bug explains the samples: the plots of ``03_bug_hunt``."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -18,24 +18,6 @@ def quantiles(panels: Mapping[str, np.ndarray], title: str) -> Figure:
             axes.plot([-4, 4], [-4, 4], color="0.6", linewidth=1.5, zorder=1)
             axes.plot(expected, np.sort(scores.ravel()), ".", markersize=3.5, color=PALETTE[0])
             axes.set(title=name, xlabel="quantile of N(0, 1)", ylabel="standardised error", xlim=(-4, 4), ylim=(-4, 4))
-    return figure
-
-
-def learning_curves(curves: Mapping[str, Mapping[str, Sequence[Sequence[float]]]], title: str) -> Figure:
-    """−ELBO against epoch on training (dashed) and test images (solid); arm -> split -> one list per seed."""
-    with styled(3.3, title) as figure:
-        axes = figure.subplots()
-        for arm, splits in curves.items():
-            for split, line in (("train", "--"), ("test", "-")):
-                for index, values in enumerate(splits[split]):
-                    label = f"{ARM_TITLES[arm]}, {split}" if index == 0 else None
-                    axes.plot(range(1, len(values) + 1), values, line, color=ARM_COLOURS[arm], label=label, linewidth=1.4)
-        settled = [values[len(values) // 5] for splits in curves.values() for line in splits.values() for values in line]
-        lowest = min(min(values) for splits in curves.values() for line in splits.values() for values in line)
-        axes.set(xlabel="epoch", ylabel="−ELBO, nats per image")
-        axes.set_ylim(lowest - 2, max(settled) + 2)  # not the first descent
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.legend(fontsize=8.5)
     return figure
 
 

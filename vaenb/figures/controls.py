@@ -36,8 +36,11 @@ def linear_model(panels: Mapping[str, Matrix], entries: Mapping[str, tuple[np.nd
         left, right = figure.subfigures(1, 2, width_ratios=[2, 1.15])
         draw_matrices(left, panels)
         axes = right.subplots()
-        for (name, (predicted, measured)), colour in zip(entries.items(), PALETTE, strict=False):
-            axes.plot(predicted.ravel(), measured.ravel(), ".", markersize=3, color=colour, label=name, zorder=3)
+        for order, ((name, (predicted, measured)), colour) in enumerate(zip(entries.items(), PALETTE, strict=False)):
+            # the first on top and smallest, so that none is hidden
+            axes.plot(
+                predicted.ravel(), measured.ravel(), ".", markersize=2 + order, color=colour, label=name, zorder=9 - order
+            )
         axes.axline((0, 0), slope=1, color="0.6", linewidth=1, zorder=2)
         axes.set(xlabel="Δ, predicted", ylabel="Δ, measured", title="every entry of Δ")
         axes.legend(fontsize=7, markerscale=3)
