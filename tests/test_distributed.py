@@ -217,7 +217,7 @@ from vaenb import processes
 
 rank = int(os.environ["RANK"])
 dist.init_process_group("gloo", init_method="file://{tmp_path}/store", rank=rank, world_size=2)
-group = dist.new_group(timeout=datetime.timedelta(seconds=2))  # as long as one waits for the other, once both are there
+group = dist.new_group(timeout=datetime.timedelta(seconds=10))  # as long as one waits for the other, once both are there
 if rank == 1:
     time.sleep(60)
 

@@ -129,7 +129,7 @@ def test_frechet_distances_in_the_readme_are_those_of_the_committed_figures():
     numbers = json.loads((ROOT / "figures" / "mnist" / "locality_test.json").read_text())["numbers"]["statistics"]
     rows = {
         "dense": "FC-VAE, 20 latents",
-        "mixed": "mixed: the 7×7 map and one linear layer",
+        "mixed": "mixed: the 7×7 map and a linear layer on each side",
         "spatial": "FCNN-VAE, 7×7 map",
     }
     for arm, name in rows.items():

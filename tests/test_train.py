@@ -90,16 +90,21 @@ def test_kill_in_mid_epoch_then_resume_equals_an_uninterrupted_run(tmp_path):
 
 
 def test_two_processes_that_want_the_same_run_train_it_once(tmp_path):
-    first = launch(tmp_path, 4)
-    assert "epoch 1/4" in first.stderr.readline()
-    first.send_signal(signal.SIGSTOP)  # so that the second one finds it at work, however fast it is
-    second = launch(tmp_path, 4)
-    assert "waiting for another process" in second.stderr.readline()
-    first.send_signal(signal.SIGCONT)
-    lines = "".join(process.communicate(timeout=300)[1] for process in (first, second))
-    assert [process.returncode for process in (first, second)] == [0, 0]
-    assert "epoch 1/4" not in lines
-    assert lines.count("epoch 4/4") == 1
+    first, second = launch(tmp_path, 40), None
+    try:
+        assert "epoch 1/40" in first.stderr.readline()
+        first.send_signal(signal.SIGSTOP)  # so that the second one finds it at work, however fast it is
+        second = launch(tmp_path, 40)
+        assert "waiting for another process" in second.stderr.readline()
+        first.send_signal(signal.SIGCONT)
+        lines = "".join(process.communicate(timeout=300)[1] for process in (first, second))
+        assert [process.returncode for process in (first, second)] == [0, 0]
+        assert "epoch 1/40" not in lines
+        assert lines.count("epoch 40/40") == 1
+    finally:
+        for process in filter(None, (first, second)):
+            process.kill()
+            process.wait()
 
 
 def test_a_damaged_run_is_set_aside_and_trained_again():

@@ -131,7 +131,7 @@ class AcrossPositions(nn.Linear):
 
     With a ``reach`` it is no longer global: a position sees those at most that many rows and columns away, each with a
     weight of its own (a locally connected layer). It then starts as the identity, at which the model is that without the
-    layer: one random number in the place of many is a bad start.
+    layer: one random number in the place of many is a bad start. Without a reach it starts from random numbers.
     """
 
     def __init__(self, height: int, width: int, reach: int | None = None):

@@ -100,7 +100,7 @@ class Prior(nn.Module):
         """
         self._check(z)
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(0)  # once: errors of two latents must not go together
+            torch.default_generator.manual_seed(0)  # once a call: errors of its latents must not go together
             return torch.cat([self._log_prob(part.to(self.device_of.device)) for part in z.split(BATCH)])
 
     def negative_log_prob(self, z: Tensor) -> Tensor:

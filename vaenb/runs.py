@@ -32,7 +32,8 @@ PLUMBING = ("vaenb.runs", "vaenb.progress", "vaenb.processes", "vaenb.shared")
 HELPER = "VAENB_HELPER"  # in a helper's environment (``vaenb.shared``): the lock of whoever makes its notebook's figures
 CHECKSUMS = "SHA256SUMS"  # in the format of sha256sum(1), so that anybody can check an entry
 
-SOURCES = {path: path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("*.py")}  # when this process began
+# When this module was imported; hidden files are those of editors and file managers.
+SOURCES = {path: path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("[!.]*.py") if path.is_file()}
 
 
 class Busy(Exception):

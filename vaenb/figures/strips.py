@@ -48,7 +48,7 @@ def strips(
             margin = 0.12 * (high - low or 1)
             pattern = form.get(quantity, "{:.0f}")
             for index, (row, axes) in enumerate(zip(pictures, grid[:, column], strict=True)):
-                axes.set(xlim=(low - margin / 2, high + 2.4 * margin), ylim=(-1, 1), yticks=[])
+                axes.set(xlim=(low - margin, high + 2.4 * margin), ylim=(-1, 1), yticks=[])
                 axes.spines[["left", "bottom"]].set_visible(False)
                 axes.xaxis.set_major_locator(MaxNLocator(3))
                 axes.tick_params(length=0, labelbottom=index == len(pictures) - 1, labelsize=8)
