@@ -75,7 +75,7 @@ paper: setup  ## the write-up from the committed figures, with all notebooks, as
 lab: setup  ## JupyterLab on the notebooks, at the write-up and its table of contents
 	@$(PY) -m jupyterlab --notebook-dir=notebooks --LabApp.default_url=/lab/tree/00_paper.ipynb
 
-bench: setup  ## speed, and our priors beside those of pythae, on MNIST (an optional extra; half an hour on an idle machine)
+bench: setup  ## speed, and our priors beside those of pythae, on MNIST (an optional extra; an hour on an idle machine)
 	@$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
 	@$(PY) tests/bench/speed.py && $(PY) tests/bench/samplers.py
 

@@ -1,25 +1,26 @@
 """Speed in one figure: ``figures/mnist/bench_speed.png`` and its JSON. Run it on an idle machine, by ``make bench``.
 
-    python tests/bench/speed.py
+    python tests/bench/speed.py [PART ...]
 
-Training throughput beside other trainers and the bound (``training.py``), on one core and with two runs side by side; time
-to a given −ELBO; whether training, decoding and sampling are linear in images, pixels and samples; and how long each
-notebook took when ``make figures`` last ran, with its peak memory. Everything on one thread.
+Training throughput beside other trainers and the bound (``training.py``), on one thread and on all cores; time to a given
+−ELBO; whether training, decoding and sampling are linear in images, pixels and samples, on one thread, too; and how long the
+paper takes to rebuild (``rebuild.py``).
 """
 
+import argparse
 import dataclasses
 import json
-import multiprocessing
 import statistics
-import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import rebuild
 import torch
 import training
-from training import ROUNDS, multiplication_rate, operations, ours
+from training import ours
 
 from vaenb import canvas, cpu, data, figures, ladder, train
 from vaenb.claims import figures_folder
@@ -42,8 +43,9 @@ def part(images: data.ImageSet, count: int) -> data.ImageSet:
     )
 
 
-def training_time(images: data.ImageSet) -> dict[str, list[float]]:
+def training_time() -> dict[str, list[float]]:
     """Microseconds per image of an epoch of each of ``IMAGES``, for each arm."""
+    images = data.load("mnist")
     return {
         arm: [1e6 * ours(Config("mnist", epochs=1, **options), part(images, count)) / count for count in IMAGES]
         for arm, options in training.ARMS.items()
@@ -86,9 +88,10 @@ def sampling_time(model: VAE) -> dict[str, list[float]]:
     return found
 
 
-def time_to(images: data.ImageSet) -> dict[str, Any]:
+@cpu.one_thread()
+def time_to_bound() -> dict[str, Any]:
     """Seconds of the shortest training that reaches each of ``TARGETS``, evaluation after each epoch included."""
-    found = {}
+    images, found = data.load("mnist"), {}
     for name, (target, options) in TARGETS.items():
         for epochs in range(1, LONGEST + 1):
             with tempfile.TemporaryDirectory() as folder:
@@ -103,71 +106,22 @@ def time_to(images: data.ImageSet) -> dict[str, Any]:
     return found
 
 
-def together(barrier: multiprocessing.Barrier) -> None:
-    """Remember, in a process of a pool, what it waits at for the other."""
-    global BARRIER
-    BARRIER = barrier
-
-
-def alone(what: str) -> float:
-    """Seconds of an epoch of the 7×7 arm, or the rate of matrix products, while the other process does the same."""
-    with cpu.one_thread():
-        BARRIER.wait()
-        if what == "rate":
-            return statistics.median(multiplication_rate() for _ in range(3))
-        images, seconds = part(data.load("mnist"), IMAGES[1]), []
-        for _ in range(ROUNDS + 1):  # a process's first one is slower
-            BARRIER.wait()
-            seconds.append(ours(Config("mnist", epochs=1), images))
-        return statistics.median(seconds[1:])
-
-
-def two_busy(images: data.ImageSet) -> dict[str, float]:
-    """Two runs side by side, and two matrix products: the share of the bound with both cores busy."""
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(2, together, (context.Barrier(2),)) as pool:
-        rates = pool.map(alone, ["rate"] * 2, chunksize=1)
-        seconds = pool.map(alone, ["epoch"] * 2, chunksize=1)
-    work = operations(Config("mnist"), images) * IMAGES[1]
+@cpu.one_thread()
+def scaling() -> dict[str, Any]:
+    """Times per image, pixel and sample for growing numbers of them."""
     return {
-        "images a second, both together": sum(IMAGES[1] / each for each in seconds),
-        "share of the bound": sum(work / each for each in seconds) / sum(rates),
-    }
-
-
-def notebooks() -> dict[str, dict[str, float]]:
-    """Seconds and peak memory in GiB of each notebook when it last ran on MNIST, with what the run store then had."""
-    stamps = sorted(Path(train.runs.build_folder(), "stamps", "mnist").glob("*.json"))
-    return {stamp.stem: {k: v for k, v in json.loads(stamp.read_text()).items() if k in ("seconds", "memory")}
-            for stamp in stamps}  # fmt: skip
-
-
-def measure() -> dict[str, Any]:
-    """Everything but the notebooks, which ``make figures`` has timed."""
-    images = data.load("mnist")
-    throughput = training.benchmark()
-    with cpu.one_thread():
-        scaling = {
-            "training": training_time(images),
-            "decoding": decoding_time(),
-            "sampling": sampling_time(VAE()),
-        }
-        reached = time_to(images)
-    return {
-        "throughput": throughput,
-        "both_cores_busy": two_busy(images),
-        "time_to_bound": reached,
-        "scaling": {"images": IMAGES, "sides": SIDES, "samples": SAMPLES, **scaling},
-    }
+        "images": IMAGES, "sides": SIDES, "samples": SAMPLES,
+        "training": training_time(), "decoding": decoding_time(), "sampling": sampling_time(VAE()),
+    }  # fmt: skip
 
 
 def show(numbers: dict[str, Any]) -> None:
     """Save the figure and the numbers."""
-    scaling = numbers["scaling"]
+    times = numbers["scaling"]
     across = {
-        "training": [count / 1000 for count in scaling["images"]],
-        "decoding": [side**2 / 1e6 for side in scaling["sides"]],
-        "sampling": scaling["samples"],
+        "training": [count / 1000 for count in times["images"]],
+        "decoding": [side**2 / 1e6 for side in times["sides"]],
+        "sampling": times["samples"],
     }
     other = [(colour, line) for colour in ("black", "0.6") for line in ("-", "--", ":")]
     looks = {panel: other for panel in across} | {
@@ -176,7 +130,7 @@ def show(numbers: dict[str, Any]) -> None:
     panels = {
         panel: {
             name: figures.Curve(x[: len(values)], [[value] for value in values], *look)
-            for (name, values), look in zip(scaling[panel].items(), looks[panel], strict=False)
+            for (name, values), look in zip(times[panel].items(), looks[panel], strict=False)
         }
         for panel, x in across.items()
     }
@@ -186,11 +140,11 @@ def show(numbers: dict[str, Any]) -> None:
         "sampling": ("samples", "ms per sample"),
     }
     options = {
-        "training": {"xlim": (0, None), "ylim": (0, 650)},
+        "training": {"xlim": (0, None), "ylim": (0, 400)},
         "decoding": {"xscale": "log", "ylim": (0, None)},
         "sampling": {"xscale": "log", "yscale": "log", "ylim": (1e-4, 1e5)},
     }
-    growth = max(max(values) / values[0] for panel in across for values in scaling[panel].values())
+    growth = max(max(values) / values[0] for panel in across for values in times[panel].values())
     finding = "does not grow" if growth < 1.05 else f"grows to {growth:.1f} times at most"
     figures.save(
         figures.curves(
@@ -208,14 +162,29 @@ def show(numbers: dict[str, Any]) -> None:
     )  # fmt: skip
 
 
-def main(arguments: list[str]) -> None:
-    """Measure, print and save; with ``--plot`` draw what was measured again, beside the notebooks' latest times."""
+PARTS: dict[str, Callable[[], dict[str, Any]]] = {
+    "throughput": training.benchmark,
+    "time_to_bound": time_to_bound,
+    "scaling": scaling,
+    "rebuild": rebuild.measure,
+}
+
+
+def main() -> None:
+    """Measure everything, or the parts that are named; save the figure and the numbers after each."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, "plot"], help="what to measure anew; plot: nothing")
     kept = figures_folder("mnist") / "bench_speed.json"
-    numbers = json.loads(kept.read_text())["numbers"] if arguments == ["--plot"] else measure()
-    numbers["notebooks_as_last_executed"] = notebooks()
-    print(json.dumps(numbers, indent=1, ensure_ascii=False))
-    show(numbers)
+    chosen = parser.parse_args().parts or list(PARTS)
+    before = json.loads(kept.read_text())["numbers"] if kept.is_file() else {}
+    numbers = {part: before[part] for part in PARTS if part in before}
+    for part in chosen:
+        if part != "plot":
+            numbers[part] = PARTS[part]()
+            print(part, json.dumps(numbers[part], indent=1, ensure_ascii=False), flush=True)
+        if "scaling" in numbers:
+            show(numbers)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()
