@@ -179,7 +179,8 @@ def as_it_comes(way: str, cores: int, options: dict[str, Any]) -> float:
 
 def on_all_cores() -> dict[str, dict[str, float]]:
     """Ours with a run on each core, the others as they come, for each arm."""
-    cores, found = len(os.sched_getaffinity(0)), {}
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    found = {}
     context = multiprocessing.get_context("spawn")
     with (
         ProcessPoolExecutor(cores, context, meet, (context.Barrier(cores),)) as pool,
