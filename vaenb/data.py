@@ -181,7 +181,7 @@ def binarise(pixels: Tensor, uniform: Tensor) -> Tensor:
         pixels: uint8, (N, C, H, W).
         uniform: uniform on [0, 1), the same shape.
     """
-    return (uniform < pixels.float() / 255).float()
+    return (pixels / 255).gt_(uniform)
 
 
 class _Unreachable(DataError):

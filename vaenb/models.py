@@ -343,7 +343,7 @@ class VAE(nn.Module):
             noise: standard normal, (N, *latent shape).
         """
         q, size = self.encode(x), (x.shape[-2], x.shape[-1])
-        rate = kl_divergence(q, self.prior(size).expand(q.batch_shape))
+        rate = kl_divergence(q, self.prior(size))
         return rate, -self.decode(reparametrise(q, noise), size).log_prob(x)
 
     def observed(self, images: Tensor, uniform: Tensor) -> Tensor:

@@ -157,7 +157,11 @@ def _train(config: Config, images: data.ImageSet | data.FolderSet, folder: Path)
         raise ConfigError("precision='16-mixed' needs a GPU, and there is none: choose 32-true or bf16-mixed")
     model = config.build(images.image_shape)
     latents, entries = math.prod(model.latent_shape), math.prod(images.image_shape)
-    wrapped, optimiser = fabric.setup(model, muon.Muon(muon.groups(model), config.learning_rate))
+    optimiser = muon.Muon(muon.groups(model.to(fabric.device)), config.learning_rate)
+    # Steps of several processes, which talk and may have unequal shares, and in 16 bits, where losses are scaled and layers
+    # keep copies of weights, are Fabric's and are not recorded. Otherwise its wrappers do nothing, in a sixtieth of a step.
+    plain = processes.count() == 1 and config.precision == "32-true"
+    wrapped, stepping = (model, optimiser) if plain else fabric.setup(model, optimiser)
     count = len(images.train)
     steps = math.ceil(count / config.batch_size)
     checkpoint = processes.broadcast(checkpoints.newest(folder) if first else b"")
@@ -172,14 +176,15 @@ def _train(config: Config, images: data.ImageSet | data.FolderSet, folder: Path)
         rate, distortion = wrapped(model.observed(batch, uniform), noise)
         loss = loss_of(config, rate, distortion, latents, entries) * (here / size)  # this share's part
         terms = processes.total(torch.stack([loss, rate[:here].sum(), distortion[:here].sum()]).detach())
-        optimiser.zero_grad()
-        fabric.backward(loss * processes.count())  # gradients are then averaged over the processes
-        optimiser.step()
+        stepping.zero_grad()
+        if plain:
+            loss.backward()
+        else:
+            fabric.backward(loss * processes.count())  # gradients are then averaged over the processes
+        stepping.step()
         return terms
 
-    # Not recorded: several processes, which talk and may have unequal shares, and 16 bits, where losses are scaled and
-    # layers keep copies of weights.
-    take = gpu.Step(work, optimiser, fabric.device, record=processes.count() == 1 and config.precision == "32-true")
+    take = gpu.Step(work, stepping, fabric.device, record=plain)
 
     def stop_if_diverged(loss: float, when: str) -> None:
         if not loss < limit:  # also true of NaN
