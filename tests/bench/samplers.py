@@ -210,13 +210,9 @@ def show(rows: list[dict[str, Any]], epochs: int, sampler_epochs: int) -> None:
             "seconds to train model and prior": "seconds",
         }.items()
     }
-    ours, theirs = (
-        min((row for row in shown if row["whose"] == whose), key=lambda row: row["to_reconstructions"])
-        for whose in ("ours", "pythae")
-    )
-    nearer = "nearer than" if ours["to_reconstructions"] < theirs["to_reconstructions"] else "not as near as"
-    ready = f"ready in {ours['seconds']:.0f} seconds, not {theirs['seconds']:.0f}"
-    title = f"Our nearest is {nearer} pythae's, and {ready}"
+    last = {row["whose"]: row for row in shown}  # the nearest
+    ours, theirs = (f"{last[w]['to_reconstructions']:.1f}, in {last[w]['seconds']:.0f} seconds" for w in ("ours", "pythae"))
+    title = f"Nearest to reconstructions: ours {ours}; pythae's {theirs}"
     colours = {names[id(row)]: figures.PALETTE[0 if row["whose"] == "pythae" else 1] for row in shown}
     figures.save(
         figures.seed_points(panels, colours, title, unit=""),

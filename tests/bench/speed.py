@@ -8,7 +8,6 @@ paper takes to rebuild (``rebuild.py``).
 """
 
 import argparse
-import dataclasses
 import json
 import statistics
 import tempfile
@@ -20,7 +19,7 @@ from typing import Any
 import rebuild
 import torch
 import training
-from training import ROUNDS, ours
+from training import ROUNDS, ours, pictures
 
 from vaenb import canvas, cpu, data, figures, ladder, train
 from vaenb.claims import figures_folder
@@ -36,19 +35,12 @@ TARGETS = {"FC-VAE, 20": (105.0, {"arm": "dense", "latents": 20}), "FCNN-VAE, 7�
 LONGEST = 2  # epochs
 
 
-def part(images: data.ImageSet, count: int) -> data.ImageSet:
-    """The first training images, and a few to evaluate on."""
-    return dataclasses.replace(
-        images, train=images.train[:count], train_labels=images.train_labels[:count], test=images.test[:64]
-    )
-
-
 def training_time() -> dict[str, list[float]]:
     """Microseconds per image of an epoch of each of ``IMAGES``, for each arm; medians of ``ROUNDS``, which take turns."""
-    images, found = data.load("mnist"), {}
+    found = {}
     for arm, options in training.ARMS.items():
         config = Config("mnist", epochs=1, **options)
-        rounds = [[1e6 * ours(config, part(images, count)) / count for count in IMAGES] for _ in range(ROUNDS)]
+        rounds = [[1e6 * ours(config, pictures(count)) / count for count in IMAGES] for _ in range(ROUNDS)]
         found[arm] = [statistics.median(times) for times in zip(*rounds, strict=True)]
     return found
 
@@ -157,9 +149,9 @@ def show(numbers: dict[str, Any]) -> None:
         numbers=numbers,
         alt="Time per image against the number of images, per million pixels against the size of the canvas, and per sample "
         f"against the number of samples: it {finding}.",
-        note="One thread of a server without a GPU; medians of five epochs, and where a picture is small. Sampling: "
-        "latents of the 7×7 map; decoding: random weights, map in 64×64 tiles, one channel (trunks of 16 and 32) or three "
-        "(32 and 64).",
+        note=f"One thread of a server without a GPU. Training: medians of {ROUNDS} epochs; sampling: latents of the 7×7 "
+        "map; decoding: random weights, map in 64×64 tiles, one channel (trunks of 16 and 32) or three (32 and 64), "
+        "medians where a picture is small.",
     )  # fmt: skip
 
 

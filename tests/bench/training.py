@@ -108,12 +108,11 @@ def multiplication_rate() -> float:
     return 2 * MATRIX**3 / min(times)
 
 
-@functools.cache
-def pictures() -> data.ImageSet:
+def pictures(count: int = IMAGES) -> data.ImageSet:
     """The first training images of MNIST, and a few to evaluate on."""
     images = data.load("mnist")
     return dataclasses.replace(
-        images, train=images.train[:IMAGES], test=images.test[:64], train_labels=images.train_labels[:IMAGES]
+        images, train=images.train[:count], test=images.test[:64], train_labels=images.train_labels[:count]
     )
 
 
@@ -128,8 +127,11 @@ def ways(cores: int = 1) -> dict[str, Callable[[Config, data.ImageSet], float]]:
 
 
 def summary(config: Config, seconds: dict[str, list[float]], runs: int, rates: list[float]) -> dict[str, float]:
-    """Images a second and ratios, from the seconds of each round: ``runs`` of ours side by side, one of the others."""
-    speeds = {way: IMAGES / statistics.median(values) for way, values in seconds.items()}
+    """Images a second and ratios, from the seconds of each round: ``runs`` of ours side by side, one of the others.
+
+    The first round does not count: a process's first epoch is slower.
+    """
+    speeds = {way: IMAGES / statistics.median(values[1:]) for way, values in seconds.items()}
     speeds["ours"] *= runs
     work = operations(config, pictures())
     return {
@@ -152,8 +154,7 @@ def on_one_thread() -> dict[str, dict[str, float]]:
                 rates.append(multiplication_rate())
                 for way, function in {"ours": ours, **others}.items():
                     seconds[way].append(function(config, pictures()))
-            first_left_out = {way: values[1:] for way, values in seconds.items()}  # a process's first epoch is slower
-            found[arm] = summary(config, first_left_out, 1, rates)
+            found[arm] = summary(config, seconds, 1, rates)
     return found
 
 
@@ -193,8 +194,7 @@ def on_all_cores() -> dict[str, dict[str, float]]:
                 seconds["ours"].append(statistics.mean(pool.map(side_by_side, [options] * cores)))
                 for way in ways(cores):
                     seconds[way].append(other.submit(as_it_comes, way, cores, options).result())
-            first_left_out = {way: values[1:] for way, values in seconds.items()}
-            found[arm] = {"cores": cores, **summary(Config("mnist", **options), first_left_out, cores, rates)}
+            found[arm] = {"cores": cores, **summary(Config("mnist", **options), seconds, cores, rates)}
     return found
 
 
