@@ -181,7 +181,7 @@ def binarise(pixels: Tensor, uniform: Tensor) -> Tensor:
         pixels: uint8, (N, C, H, W).
         uniform: uniform on [0, 1), the same shape.
     """
-    return (pixels / 255).gt_(uniform)
+    return (pixels / 255).gt_(uniform)  # in place: zeros and ones, without a pass for Booleans
 
 
 class _Unreachable(DataError):
