@@ -27,9 +27,9 @@ def test_tile_by_tile_equals_all_at_once(stride, options, size):
     model = model_of(stride, **options)
     image = torch.randint(256, (3, *size), dtype=torch.uint8)
     z = model.encode(image[None].double() / 255).mean[0]
-    encode = [
-        canvas.encode_rows(model.float(), image, range(y, min(y + 3, z.shape[1])), tile=5) for y in range(0, z.shape[1], 3)
-    ]
+    halo, _ = canvas.halos(model.float())
+    bands = [range(y, min(y + 3, z.shape[1])) for y in range(0, z.shape[1], 3)]
+    encode = [canvas.encode_rows(model, image, rows, halo, tile=5) for rows in bands]
     torch.testing.assert_close(torch.cat(encode, dim=1), z.float(), atol=1e-5, rtol=0)
     whole = model.decode(z[None].float(), size).mean[0]
     torch.testing.assert_close(

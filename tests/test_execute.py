@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import nbformat
 import pytest
+import yaml
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from vaenb import claims, data, execute, runs
@@ -307,6 +308,18 @@ def test_auto_names_the_parameters_of_what_it_finds(build, monkeypatch, capsys):
     for name in ("a", "b", "c", "d"):
         (raw / f"{name}-ubyte.gz").touch()
     assert execute.parameter_file("auto").stem == "mnist"
+
+
+def test_more_seeds_change_the_numbers_of_seeds_alone(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(runs.ROOT / "tests" / "bench")
+    from rebuild import with_seeds
+
+    shipped = execute.NOTEBOOKS / "params" / "mnist.yaml"
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(yaml.safe_dump(with_seeds(yaml.safe_load(shipped.read_text()), 7)))
+    for notebook in NOTEBOOKS:
+        theirs, ours = (parameters_for(notebook, path, {}) for path in (shipped, mine))
+        assert ours == {name: 7 if name.endswith("seeds") else value for name, value in theirs.items()}
 
 
 @pytest.mark.parametrize("path", sorted((execute.NOTEBOOKS / "params").glob("*.yaml")), ids=lambda p: p.stem)

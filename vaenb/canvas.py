@@ -58,16 +58,17 @@ def tiled(function: Callable[[Tensor], Tensor], x: Tensor, halo: int, tile: int 
 
 
 @torch.no_grad()
-def encode_rows(model: VAE, image: Tensor, rows: range, tile: int = TILE) -> Tensor:
+def encode_rows(model: VAE, image: Tensor, rows: range, halo: int, tile: int = TILE) -> Tensor:
     """Posterior means of some rows of the map of an image, (C, len(rows), w).
 
     Args:
         model: spatial, without coordinates.
         image: uint8, (C, H, W): a tensor in memory; only what the rows need is converted.
         rows: of the map.
+        halo: the first of ``halos(model)``.
         tile: side of the tiles in positions.
     """
-    halo, stride = halos(model)[0], model.stride
+    stride = model.stride
     height, width = model.grid(image.shape[1:])
     above, below = max(rows.start - halo, 0), min(rows.stop + halo, height)
     parts = []
@@ -79,15 +80,16 @@ def encode_rows(model: VAE, image: Tensor, rows: range, tile: int = TILE) -> Ten
 
 
 @torch.no_grad()
-def decode_rows(model: VAE, z: Tensor, rows: range, tile: int = TILE) -> Tensor:
+def decode_rows(model: VAE, z: Tensor, rows: range, halo: int, tile: int = TILE) -> Tensor:
     """Decoder means of the pixels of some rows of a map, (C, len(rows)·stride, w·stride).
 
     Args:
         model: as for ``encode_rows``.
         z: the map, (C, h, w).
         rows, tile: as for ``encode_rows``.
+        halo: the second of ``halos(model)``.
     """
-    halo, stride = halos(model)[1], model.stride
+    stride = model.stride
     above, below = max(rows.start - halo, 0), min(rows.stop + halo, z.shape[1])
     parts = []
     for columns, left, right in _pieces(z.shape[2], tile, halo):
@@ -105,10 +107,10 @@ def reconstruct(model: VAE, image: Tensor, tile: int = TILE) -> Iterator[Tensor]
         image: uint8, (C, H, W), of any size from the stride on.
         tile: as in ``encode_rows``.
     """
-    halo, done = halos(model)[1], 0
-    for rows, above, below in _pieces(model.grid(image.shape[1:])[0], tile, halo):
-        z = encode_rows(model, image, range(above, below), tile)
-        band = decode_rows(model, z, range(rows.start - above, rows.stop - above), tile)
+    (encoding, decoding), done = halos(model), 0
+    for rows, above, below in _pieces(model.grid(image.shape[1:])[0], tile, decoding):
+        z = encode_rows(model, image, range(above, below), encoding, tile)
+        band = decode_rows(model, z, range(rows.start - above, rows.stop - above), decoding, tile)
         band = band[:, : image.shape[1] - done, : image.shape[2]]
         done += band.shape[1]
         yield band
@@ -124,9 +126,9 @@ def render(model: VAE, z: Tensor, size: tuple[int, int] | None = None, tile: int
         tile: as in ``encode_rows``.
     """
     height, width = size or (model.stride * z.shape[1], model.stride * z.shape[2])
-    done = 0
+    halo, done = halos(model)[1], 0
     for rows, _, _ in _pieces(z.shape[1], tile, 0):
-        band = decode_rows(model, z, rows, tile)[:, : height - done, :width]
+        band = decode_rows(model, z, rows, halo, tile)[:, : height - done, :width]
         done += band.shape[1]
         yield band
 

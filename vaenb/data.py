@@ -324,10 +324,3 @@ def _patience() -> Iterator[None]:
 
 def _given() -> list[Path]:
     return [Path(os.environ["VAENB_DATA"])] if os.environ.get("VAENB_DATA") else []
-
-
-if __name__ == "__main__":
-    try:
-        print(resolve(sys.argv[1]))
-    except DataError as error:
-        sys.exit(f"error: {error}")

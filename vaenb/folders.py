@@ -247,7 +247,8 @@ def workers() -> int:
 
     The crops are the same for any number, also for 0, with which the process that trains decodes as well.
     """
-    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = here // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return int(os.environ.get("VAENB_WORKERS") or min(max(cores - 1, 1), 4))
 
 
