@@ -36,7 +36,7 @@ def test_a_quoted_number_is_the_mean_over_seeds_and_names_its_source(results):
     assert text(f"{results.claim('E1.1', 'per_seed'):.1f}") == "−3.0"
     assert text(f"{number / results.claim('E1.1', 'per_seed'):.2f}") == "−0.67"
     assert "01_demo.claims.json: E1.1" in f"{number - results.claim('E1.1', 'per_seed'):.0f}"
-    assert text(results.verdict("E1.1")) == "against the prediction"
+    assert text(results.verdict("E1.1")) == "does not hold"
     assert number.n == 2
     assert text(f"{number.least():.0f}") == "1"
     assert text(f"{Quoted((3.0,), 'x')}") == "3.0"

@@ -47,7 +47,7 @@ class Diagnosis:
         if best - marginals < NEGLIGIBLE:
             parts.append("A prior of independent latents, each with a density of its own, repairs it.")
         else:
-            parts.append("Independent latents cannot repair it: learn a joint prior, or let a layer connect all latents.")
+            parts.append("For this decoder no prior of independent latents can repair it: learn a joint one.")
         return " ".join(parts)
 
 

@@ -107,10 +107,10 @@ class Results:
         return self._quoted(f"{file}: {name}", claim["measured"], path)
 
     def verdict(self, name: str) -> str:
-        """``as predicted`` or ``against the prediction``, with the claim as its source."""
+        """``holds`` or ``does not hold``, with the claim as its source."""
         file, claim = self._claim(name)
         text, source = (
-            "as predicted" if claim["holds"] else "against the prediction",
+            "holds" if claim["holds"] else "does not hold",
             escape(f"{file}: {name}. " + claim["claim"]),
         )
         return f'<span class="verdict" title="{source}">{text}</span>'

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from vaenb.figures.style import PALETTE, show_ink, side_by_side, styled
 
-MARKERS = "os^vD<>pPX*hd"
+MARKERS = "os^vDP*Xphd<>"  # those that look least alike first
 
 
 def worth(

@@ -1,12 +1,12 @@
 """Pictures beside the numbers that belong to them: a row for each condition."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib import rcParams
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
 from vaenb.figures.style import INK, bare, mosaic, show_ink, spread, styled
 
@@ -20,6 +20,7 @@ def strips(
     title: str,
     lines: int = 1,
     form: Mapping[str, str] | None = None,
+    logarithmic: Collection[str] = (),
 ) -> Figure:
     """A row per condition: its name, a strip of pictures, and for each quantity a point per seed, mean ± s.d. in print.
 
@@ -30,6 +31,7 @@ def strips(
         title: of the figure.
         lines: of pictures in each row.
         form: quantity -> format of what is printed, ``{:.0f}`` by default; a percent format goes for the axis as well.
+        logarithmic: quantities, all positive, whose axis is.
     """
     form = form or {}
     columns = -(-len(next(iter(pictures.values()))) // lines)
@@ -44,13 +46,25 @@ def strips(
         for column, (quantity, rows) in enumerate(panels.items(), start=1):
             everything = [value for values in rows.values() for value in values]
             low, high = min(everything), max(everything)
-            low = 0 if 0 < low < 0.75 * high else low  # so that lengths can be compared
-            margin = 0.12 * (high - low or 1)
+            if quantity in logarithmic:
+                factor = (high / low) ** 0.12
+                limits = low / factor, high * factor**2.4
+            else:
+                low = 0 if 0 < low < 0.75 * high else low  # so that lengths can be compared
+                margin = 0.12 * (high - low or 1)
+                limits = low - margin, high + 2.4 * margin
             pattern = form.get(quantity, "{:.0f}")
             for index, (row, axes) in enumerate(zip(pictures, grid[:, column], strict=True)):
-                axes.set(xlim=(low - margin, high + 2.4 * margin), ylim=(-1, 1), yticks=[])
+                axes.set(xlim=limits, ylim=(-1, 1), yticks=[], xscale="log" if quantity in logarithmic else "linear")
                 axes.spines[["left", "bottom"]].set_visible(False)
-                axes.xaxis.set_major_locator(MaxNLocator(3))
+                if quantity in logarithmic:
+                    axes.xaxis.set(
+                        major_locator=LogLocator(numticks=5),
+                        major_formatter=StrMethodFormatter("{x:g}"),
+                        minor_locator=NullLocator(),
+                    )
+                else:
+                    axes.xaxis.set_major_locator(MaxNLocator(3))
                 axes.tick_params(length=0, labelbottom=index == len(pictures) - 1, labelsize=8)
                 if "%" in pattern:
                     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:.0%}"))
