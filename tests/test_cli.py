@@ -137,10 +137,19 @@ def test_clear_errors_and_nothing_left(trained, tmp_path, capsys, arguments, mes
     assert not list(tmp_path.glob("**/*.png"))
 
 
-@pytest.mark.parametrize("size", ["64", "64x", "0x64", "axb"])
-def test_sizes_that_are_none(trained, size, capsys):
+def test_crops_too_small_for_a_prior_are_refused_before_training(tmp_path, capsys):
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (20, 20), "red").save(tmp_path / name)
+    assert main(["train", f"folder-4:{tmp_path}", "--out", str(tmp_path / "x")]) == 1
+    assert "a map of one position" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "option", [*(["--size", size] for size in ("64", "64x", "0x64", "axb")), ["--seed", "-1"], ["--seed", str(2**64)]]
+)
+def test_sizes_and_seeds_that_are_none(trained, option, capsys):
     with pytest.raises(SystemExit) as stop:
-        main(["sample", str(trained), "--size", size, "--out", "x.png"])
+        main(["sample", str(trained), *option, "--out", "x.png"])
     assert stop.value.code == 2
     assert "expected" in capsys.readouterr().err
 

@@ -85,6 +85,21 @@ def test_a_given_folder_is_verified_copied_and_only_read(small_fashion, build, m
     assert {p.name for p in (build / "data" / "FashionMNIST" / "raw").iterdir()} == set(before)
 
 
+def test_a_given_folder_may_be_relative(small_fashion, monkeypatch):
+    monkeypatch.chdir(small_fashion.parent)
+    monkeypatch.setenv("VAENB_DATA", small_fashion.name)
+    assert len(data.load("fashion").train) == 6
+
+
+def test_files_of_the_other_set_that_have_the_same_names_are_not_damaged_ones(small_fashion, monkeypatch, capsys):
+    monkeypatch.setattr(datasets.MNIST, "resources", [(name, "0" * 32) for name, _ in datasets.FashionMNIST.resources])
+    monkeypatch.setenv("VAENB_DATA", str(small_fashion))
+    with pytest.raises(data.DataError, match="download failed"):
+        data.load("mnist")
+    assert "holds no complete MNIST" in capsys.readouterr().err
+    assert len(data.load("fashion").train) == 6
+
+
 def test_download_verifies_and_keeps(small_fashion, build, monkeypatch):
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def __init__(self, *arguments):

@@ -171,3 +171,8 @@ def test_a_blank_border_alone_is_not_arrangement_among_used_positions():
     latents = np.where(used, common, 0) + generator.normal(size=(200, 9, 9))  # equally dependent inside, nothing outside
     assert dependence.p_value(*dependence.neighbour_test(latents)) == pytest.approx(0.001)
     assert dependence.p_value(*dependence.neighbour_test(latents, used)) > 0.01
+
+
+def test_latents_that_never_vary_correlate_with_nothing():
+    z = np.stack([np.full(50, 0.1), np.full(50, 0.3), np.arange(50.0)], axis=1)  # constants whose mean rounds to another
+    assert dependence.correlation(z) == pytest.approx(np.diag([0, 0, 1]))

@@ -41,6 +41,13 @@ def test_independent_latents_that_are_not_gaussian_are_no_dependence():
     assert "each with a density of its own, repairs it" in found.verdict()
 
 
+@pytest.mark.parametrize("scale", [0.03, 0.3, 30.0])
+def test_independent_latents_of_any_scale_are_no_dependence(scale):
+    found = diagnosed(lambda e: scale * e)
+    assert "each with a density of its own, repairs it" in found.verdict()
+    assert found.gains["marginals"] == pytest.approx(found.gains["one Gaussian"], abs=0.05)
+
+
 def test_dependence_that_no_covariance_shows_is_found():
     signs = torch.sign(torch.randn(20_000, 1, generator=torch.Generator().manual_seed(2)))
     z = 0.3 * torch.randn(20_000, 6, generator=torch.Generator().manual_seed(3)) + 0.95 * signs * torch.tensor([1.0, -1] * 3)

@@ -95,12 +95,36 @@ def test_what_changed_is_made_again(change, project, capsys):
     assert (project / "figures/digits/figure_1.png").read_text() == "picture of 1"
 
 
+def test_a_figure_of_land_is_made_again_when_other_pictures_are_here(project, tmp_path, monkeypatch, capsys):
+    write_notebook(project, WRITES + "# resolve_photographs")
+    monkeypatch.setenv("VAENB_DATA", str(tmp_path / "data"))
+    run()
+    for name in ("eurosat/2750/River/River_1.jpg", "scenes/scene.jpg"):
+        path = tmp_path / "data" / name
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"a picture")
+        capsys.readouterr()
+        run()
+        assert "00_demo: done" in capsys.readouterr().err
+        run()
+        assert capsys.readouterr().err == ""
+
+
 def test_a_figure_that_is_no_longer_made_does_not_stay(project):
     run()
     write_notebook(project, WRITES.replace("figure_{n}", "renamed_{n}"))
     run()
     assert not (project / "figures/digits/figure_1.png").exists()
     assert (project / "figures/digits/renamed_1.png").exists()
+
+
+def test_in_place_looks_for_no_data(project, monkeypatch):
+    monkeypatch.setattr(
+        execute, "parameter_file", lambda _: pytest.fail("a download for a notebook that has its own defaults")
+    )
+    main(["00_demo", "--in-place"])
+    book = nbformat.read(project / "notebooks" / "00_demo.ipynb", as_version=4)
+    assert "E0.1  holds" in book.cells[-1].outputs[0].text
 
 
 def test_a_figure_that_another_notebook_makes_now_stays(project):

@@ -343,3 +343,10 @@ def test_an_interrupted_run_on_a_folder_equals_an_uninterrupted_one_bit_for_bit(
     for name in ("model.safetensors", "history.csv"):
         assert runs.sha256(resumed.folder / name) == runs.sha256(whole.folder / name)
     assert fit(dataclasses.replace(config, seed=1)).history != whole.history
+
+
+@pytest.mark.parametrize("given", ["two", "-1", "1.5"])
+def test_a_bad_number_of_workers_is_named(given, monkeypatch):
+    monkeypatch.setenv("VAENB_WORKERS", given)
+    with pytest.raises(data.DataError, match=f"VAENB_WORKERS={given}"):
+        folders.workers()

@@ -104,6 +104,12 @@ def test_floor_of_halves_needs_parts_that_share_nothing():
     assert floor["floor"] > 4 * floor["standard_error"]  # halves of a digit know of each other
 
 
+def test_on_a_torus_the_lower_part_must_not_meet_the_upper_one_from_below():
+    neighbours = sum(np.roll(np.eye(28, dtype=int), shift, axis=1) for shift in (-1, 0, 1)) > 0
+    with pytest.raises(ValueError, match="T3 gives no floor"):
+        information.floor_of_halves(neighbours, load("digits"))
+
+
 def test_estimators_say_how_many_images_they_need():
     few = np.zeros((30, 49))
     with pytest.raises(SampleSizeError, match="needs at least 51"):

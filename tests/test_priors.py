@@ -13,7 +13,7 @@ from vaenb.autoregressive import REACH, Autoregressive
 from vaenb.flows import Flow, FlowMatching
 from vaenb.gaussians import FullGaussian, Mixture, PositionGaussian
 from vaenb.models import VAE
-from vaenb.priors import Prior, StandardNormal
+from vaenb.priors import Prior, StandardNormal, minimise
 from vaenb.two_stage import TwoStage, Vamp
 
 
@@ -479,3 +479,15 @@ def test_moving_a_vamp_prior_leaves_the_model_where_it_is():
     assert next(model.parameters()).dtype == torch.float32
     assert prior.components()[0].dtype == torch.float64
     assert not [name for name in prior.state_dict() if "encoder" in name]  # the encoder is not part of the prior
+
+
+@pytest.mark.parametrize("steps", [1, 18, 19, 20])
+def test_a_fit_may_have_any_number_of_steps(steps):
+    module = torch.nn.Linear(1, 1)
+    minimise(lambda z: module(z).square().mean(), module, torch.ones(steps, 1), "fit", 1, 1, 1e-2)
+
+
+def test_latents_in_double_precision_and_any_seed():
+    z = torch.randn(300, 2, generator=torch.Generator().manual_seed(0)).double()
+    for prior in (FullGaussian((2,)), Mixture((2,), 2)):
+        torch.testing.assert_close(prior.fit(z, seed=-1).log_prob(z), prior.log_prob(z.float()))

@@ -1,4 +1,5 @@
 import errno
+import fcntl
 import json
 import os
 import pickle
@@ -167,3 +168,14 @@ def test_what_a_measurement_depends_on_is_followed_through_imports():
         "vaenb.models",
     } <= names
     assert not names & {"vaenb.runs", "vaenb.progress", "vaenb.train", "vaenb.figures"}
+
+
+def test_a_lock_is_held_by_its_holder_and_not_by_those_who_ask(tmp_path):
+    lock = tmp_path / "notebook.lock"
+    assert not runs.is_held(lock)
+    with runs.exclusive(lock):
+        assert runs.is_held(lock)
+    lock.touch()
+    with lock.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)  # as another one who asks, at this moment
+        assert not runs.is_held(lock)

@@ -190,6 +190,7 @@ def test_a_last_step_that_ruins_the_weights_is_not_stored(monkeypatch):
         ({"hidden": 5}, "two whole numbers"),
         ({"learning_rate": "fast"}, "expected a positive number"),
         ({"arm": "mixed", "sides": "none"}, "choose one of both, encoder, decoder"),
+        ({"padding": "circular", "kernel_size": 17}, "at most 15"),
     ],
 )
 def test_impossible_configs(bad, message):

@@ -14,6 +14,7 @@ from vaenb.models import ImageSizeError
 from vaenb.photographs import PRESETS
 from vaenb.train import TrainingDiverged, fit
 
+STRIDE = 4  # pixels per position of the map
 MOST_LATENTS = 20_000_000  # numbers that a prior learns from: they are held in memory
 FEWEST_LATENTS = 200  # maps: several draws of each image, where there are only a few
 EXPECTED = (ValueError, data.DataError, TrainingDiverged, OSError, processes.ProcessLost, processes.ProcessesDiffer)
@@ -50,13 +51,17 @@ def train(options: argparse.Namespace) -> None:
     images = data.load(options.data)
     if images.image_shape[0] != 3:
         raise ValueError(f"{options.data} is grey: choose one of {', '.join(data.PHOTOGRAPHS)}, folder:PATH")
+    if images.image_shape[1] <= STRIDE:
+        raise ValueError(
+            f"{options.data}: pictures of {images.image_shape[1]} pixels leave a map of one position, which has no grain"
+        )
     options.out.mkdir(parents=True, exist_ok=True)
     _check_writable(options.out)  # before minutes of training
     first = processes.rank() == 0  # the others only train along
     if first:
         print(f"{images.title}: {len(images.train):,} training images")
     settings = {**PRESETS[options.preset], **({"epochs": options.epochs} if options.epochs else {})}
-    run = fit(Config(options.data, latent_size=math.ceil(images.image_shape[1] / 4), seed=options.seed, **settings))
+    run = fit(Config(options.data, latent_size=math.ceil(images.image_shape[1] / STRIDE), seed=options.seed, **settings))
     if first:
         affordable = MOST_LATENTS // math.prod(run.model.latent_shape)
         repaired = ladder.repair(run, "stationary flow", count=max(FEWEST_LATENTS, min(len(images.train), affordable)))
@@ -143,6 +148,12 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from 0 to 2³² − 1")
+    return int(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "python -m vaenb", description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -154,7 +165,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--out", type=Path, required=True, help="folder for the trained model")
     command.add_argument("--preset", choices=PRESETS, default="small", help="small: minutes on two cores; large: for a GPU")
     command.add_argument("--epochs", type=_count, help="instead of the preset's")
-    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--seed", type=_seed, default=0)
     command.set_defaults(run=train)
 
     tile = {"type": _count, "default": canvas.TILE, "help": "side of a tile in latent positions: memory against speed"}
@@ -171,7 +182,7 @@ def _parser() -> argparse.ArgumentParser:
         "--size", type=_size, metavar="HxW", help="in pixels (default: that of the images it was trained on)"
     )
     command.add_argument("--count", type=_count, default=1, help="how many; more than one are numbered")
-    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--seed", type=_seed, default=0, help="from 0 to 2³² − 1; further pictures take the next ones")
     command.add_argument("--out", type=Path, required=True, help="the picture, ending in .png")
     command.add_argument("--tile", **tile)
     command.set_defaults(run=sample)

@@ -108,6 +108,11 @@ class Config:
             raise ConfigError(f"sides={self.sides!r} is for the mixed arm; {self.arm} has no layers across positions")
         if self.kernel_size % 2 == 0:
             raise ConfigError(f"kernel_size={self.kernel_size}: expected an odd number")
+        if self.padding == "circular" and self.kernel_size // 2 > self.latent_size:
+            raise ConfigError(
+                f"kernel_size={self.kernel_size}: with circular padding at most {2 * self.latent_size + 1}, which goes once "
+                f"around a map of side {self.latent_size}"
+            )
         if self.arm == "dense" and (self.kernel_size != 3 or self.coordinates):
             raise ConfigError("kernel_size and coordinates are of the convolutions next to a map: the dense arm has none")
 

@@ -253,7 +253,7 @@ def _load_torchvision(name: str) -> tuple[Tensor, ...]:
         view = Path(scratch, cls.__name__, "raw")
         view.mkdir(parents=True)
         for archive, _ in cls.resources:
-            os.symlink(raw / archive, view / archive)
+            os.symlink((raw / archive).resolve(), view / archive)  # of an absolute path: $VAENB_DATA may be relative
         train, test = (cls(scratch, train=split, download=True) for split in (True, False))
     return train.data[:, None], test.data[:, None], train.targets, test.targets
 
@@ -266,9 +266,12 @@ def _raw_folder(name: str) -> Path:
     """
     cls = _torchvision_class(name)
     own = build_folder() / "data" / cls.__name__ / "raw"
+    others = {md5 for other in ("mnist", "fashion") if other != name for _, md5 in _torchvision_class(other).resources}
     for base in bases():
         for folder in (base / cls.__name__ / "raw", base / cls.__name__, base):
             if all((folder / archive).is_file() for archive, _ in cls.resources):
+                if folder == base and _md5((folder / cls.resources[0][0]).read_bytes()) in others:
+                    continue  # the other set, whose files have the same names
                 for archive, md5 in cls.resources:
                     content = _verified(folder / archive, md5)
                     if folder != own and not (own / archive).is_file():
@@ -282,12 +285,16 @@ def _raw_folder(name: str) -> Path:
 
 def _verified(path: Path, md5: str) -> bytes:
     content = path.read_bytes()
-    if (actual := hashlib.md5(content, usedforsecurity=False).hexdigest()) != md5:
+    if (actual := _md5(content)) != md5:
         raise DataError(
             f"{path} is damaged: its MD5 checksum is {actual}, expected {md5}. Delete the file or replace it by a good "
             "copy, then run the same command again; nothing was trained on it"
         )
     return content
+
+
+def _md5(content: bytes) -> str:
+    return hashlib.md5(content, usedforsecurity=False).hexdigest()
 
 
 def _download(cls: type, own: Path) -> None:

@@ -76,9 +76,10 @@ def correlation(latents: np.ndarray) -> np.ndarray:
         (d, d) for d latents per image; those that never vary correlate with nothing, not even themselves.
     """
     flat = latents.reshape(len(latents), -1).astype(np.float64)
+    varies = np.ptp(flat, axis=0) > 0  # told before rounding: the mean of equal numbers may differ from them
     flat = flat - flat.mean(axis=0)
     scale = np.sqrt((flat**2).sum(axis=0))
-    flat = np.divide(flat, scale, out=np.zeros_like(flat), where=scale > 0)
+    flat = np.divide(flat, scale, out=np.zeros_like(flat), where=varies)
     return flat.T @ flat
 
 

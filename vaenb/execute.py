@@ -311,6 +311,8 @@ def _key(source: Path, path: Path, overrides: Mapping[str, Any]) -> str:
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise _damaged(source, error) from None
     digest = hashlib.sha256(json.dumps([cells, dict(overrides)], sort_keys=True).encode())
+    if any("resolve_photographs" in source for _, source in cells):
+        digest.update(json.dumps(_photographs()).encode())
     modules = (file for file in (ROOT / "vaenb").rglob("*.py") if not file.parent.name.startswith((".", "__")))  # no caches
     for file in [path, ROOT / "constraints.txt", *sorted(modules)]:
         try:
@@ -318,6 +320,17 @@ def _key(source: Path, path: Path, overrides: Mapping[str, Any]) -> str:
         except OSError as error:
             raise ExecutionError(f"cannot read {file}: {error.strerror}") from None
     return digest.hexdigest()
+
+
+def _photographs() -> list[tuple[str, int]]:
+    """Names and sizes of the pictures of land that are here, which decide what ``auto`` means and what is learned from."""
+    given = [Path(os.environ["VAENB_DATA"])] if os.environ.get("VAENB_DATA") else []
+    bases = [*given, ROOT.parent / "shared" / "data", build_folder() / "data"]
+    patterns = ("eurosat/2750/*/*.jpg", "2750/*/*.jpg", "*/*.jpg")  # see ``photographs``; the last one also has scenes
+    found = {
+        (str(path.relative_to(base)), path.stat().st_size) for base in bases for each in patterns for path in base.glob(each)
+    }
+    return sorted(found)
 
 
 def _read_stamp(stamp: Path) -> dict[str, Any]:
@@ -351,6 +364,9 @@ def main(arguments: list[str] | None = None) -> None:
         if options.jobs:
             print(jobs())
             return
+        if options.in_place and options.notebook:  # with its own parameters: what data there are does not matter
+            refresh(options.notebook)
+            return
         path = options.params or parameter_file(options.dataset)
         overrides = {}
         for assignment in options.parameter if options.helper is None else ():
@@ -367,8 +383,6 @@ def main(arguments: list[str] | None = None) -> None:
             print(times(path))
         elif options.notebook is None:
             parser.error("name a notebook")
-        elif options.in_place:
-            refresh(options.notebook)
         elif options.helper is not None:
             for notebook in [options.notebook, *options.parameter]:
                 help_with(notebook, path, options.helper)

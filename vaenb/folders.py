@@ -246,10 +246,16 @@ def workers() -> int:
     """Processes that decode for one that trains: ``$VAENB_WORKERS``, else its part of the cores, but 1 to 4.
 
     The crops are the same for any number, also for 0, with which the process that trains decodes as well.
+
+    Raises:
+        DataError: the variable is no such number.
     """
     here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     cores = here // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return int(os.environ.get("VAENB_WORKERS") or min(max(cores - 1, 1), 4))
+    given = os.environ.get("VAENB_WORKERS") or str(min(max(cores - 1, 1), 4))
+    if not given.isdecimal():
+        raise DataError(f"VAENB_WORKERS={given}: expected a number of processes, at least 0")
+    return int(given)
 
 
 def load(name: str) -> FolderSet:

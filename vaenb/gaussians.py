@@ -121,7 +121,7 @@ class Mixture(Prior):
         flat = z.flatten(1)
         part = flat[: self.PART]
         clusters = MiniBatchKMeans(
-            len(self.means), batch_size=4096, n_init=1, max_iter=20, random_state=torch.initial_seed()
+            len(self.means), batch_size=4096, n_init=1, max_iter=20, random_state=torch.initial_seed() % 2**32
         )
         labels = torch.from_numpy(clusters.fit_predict(part.cpu().numpy())).long().to(z.device)
         members = [(labels == k).nonzero()[:, 0] for k in range(len(self.means))]

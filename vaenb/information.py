@@ -163,8 +163,8 @@ def floor_of_halves(rows: np.ndarray, images: ImageSet, count: int = 20_000, see
     meet = rows @ rows.T
     cuts = []
     for last in range(len(rows) - 1):
-        apart = np.nonzero(~meet[: last + 1].any(axis=0))[0]
-        cuts += [(last, int(first)) for first in apart[apart > last][:1]]
+        first = int(np.nonzero(meet[: last + 1].any(axis=0))[0][-1]) + 1  # from there on none meets the upper part
+        cuts += [(last, first)] * (first < len(rows))
     if not cuts:
         raise ValueError("every row of this model sees a latent in common with every other: T3 gives no floor")
     ink = images.train[:, 0].float().var(dim=0).sum(dim=1)  # variance of each row

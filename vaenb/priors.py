@@ -59,7 +59,7 @@ class Prior(nn.Module):
             raise ValueError(f"{len(z)} latents: {type(self).__name__} over {self.shape} needs at least {least} of them")
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            self._fit(z.detach().to(self.device_of.device))
+            self._fit(z.detach().to(self.device_of))
         return self
 
     def least(self) -> int:
@@ -101,7 +101,7 @@ class Prior(nn.Module):
         self._check(z)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)  # once a call: errors of its latents must not go together
-            return torch.cat([self._log_prob(part.to(self.device_of.device)) for part in z.split(BATCH)])
+            return torch.cat([self._log_prob(part.to(self.device_of)) for part in z.split(BATCH)])
 
     def negative_log_prob(self, z: Tensor) -> Tensor:
         """−log r(z) of each, (N,), nats, differentiable in z and in the parameters."""
@@ -257,7 +257,7 @@ def minimise(
         optimiser,
         learning_rate,
         total_steps=epochs * steps + 1,
-        pct_start=0.05,
+        pct_start=0.05 if epochs * steps != 19 else 0.1,  # it would divide by the number of steps of the warm-up, less one
         anneal_strategy="linear",
         cycle_momentum=False,
     )
