@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -176,3 +178,25 @@ def test_a_blank_border_alone_is_not_arrangement_among_used_positions():
 def test_latents_that_never_vary_correlate_with_nothing():
     z = np.stack([np.full(50, 0.1), np.full(50, 0.3), np.arange(50.0)], axis=1)  # constants whose mean rounds to another
     assert dependence.correlation(z) == pytest.approx(np.diag([0, 0, 1]))
+
+
+def test_a_tie_counts_against_the_observation():
+    assert dependence.p_value(1.0, np.array([0.0, 1.0, 2.0])) == 0.75
+
+
+def test_lag_averages_are_means_over_all_pairs_of_a_lag():
+    height, width = 3, 4
+    matrix = np.random.default_rng(0).normal(size=(height * width,) * 2)
+    places = list(itertools.product(range(height), range(width)))
+    lags = np.array([[(b[0] - a[0], b[1] - a[1]) for b in places] for a in places])
+    averaged = dependence.lag_averages(matrix, height, width)
+    for i, j in itertools.product(range(height * width), repeat=2):
+        alike = (lags == lags[i, j]).all(axis=2)
+        assert averaged[i, j] == pytest.approx(matrix[alike].mean())
+
+
+def test_neighbours_lie_along_rows_and_along_columns():
+    generator = np.random.default_rng(0)
+    striped = generator.normal(size=(200, 1, 8)) + generator.normal(size=(200, 8, 8))  # alike along columns only
+    for maps in (striped, striped.transpose(0, 2, 1)):
+        assert dependence.p_value(*dependence.neighbour_test(maps, permutations=199)) == pytest.approx(1 / 200)

@@ -118,15 +118,6 @@ def test_a_figure_that_is_no_longer_made_does_not_stay(project):
     assert (project / "figures/digits/renamed_1.png").exists()
 
 
-def test_in_place_looks_for_no_data(project, monkeypatch):
-    monkeypatch.setattr(
-        execute, "parameter_file", lambda _: pytest.fail("a download for a notebook that has its own defaults")
-    )
-    main(["00_demo", "--in-place"])
-    book = nbformat.read(project / "notebooks" / "00_demo.ipynb", as_version=4)
-    assert "E0.1  holds" in book.cells[-1].outputs[0].text
-
-
 def test_a_figure_that_another_notebook_makes_now_stays(project):
     run()
     write_notebook(project, WRITES.replace("figure_{n}", "renamed_{n}"))
@@ -376,3 +367,31 @@ def test_a_full_disk_is_named_with_what_to_do(project, monkeypatch):
     monkeypatch.setattr(execute, "execute", full)
     with pytest.raises(SystemExit, match=r"No space left.*build.*run the same command again"):
         execute.main(["00_demo", "--params", str(project / "notebooks" / "params" / "digits.yaml")])
+
+
+def test_a_notebook_is_executed_by_one_process_at_a_time(project, build, monkeypatch):
+    executed = []
+    monkeypatch.setattr(execute, "_papermill", lambda *_: executed.append(1))
+    with making(build):
+        other = threading.Thread(target=run, daemon=True)
+        other.start()
+        other.join(timeout=1)
+        assert not executed
+    other.join(timeout=60)
+    assert executed
+
+
+def test_a_notebook_is_refreshed_in_place_or_left_as_it_is(project, monkeypatch):
+    looked_for = "a download for a notebook that has its own defaults"
+    monkeypatch.setattr(execute, "parameter_file", lambda _: pytest.fail(looked_for))
+    path = project / "notebooks" / "00_demo.ipynb"
+    main(["00_demo", "--in-place"])
+    book = nbformat.read(path, as_version=4)
+    assert [cell.execution_count for cell in book.cells if cell.cell_type == "code"] == [1, 2]
+    assert "holds" in book.cells[-1].outputs[0].text
+    assert not (project / "figures").exists()
+    write_notebook(project, "raise RuntimeError('the reason')")
+    before = path.read_bytes()
+    with pytest.raises(SystemExit, match="the reason"):
+        main(["00_demo", "--in-place"])
+    assert path.read_bytes() == before

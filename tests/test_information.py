@@ -132,3 +132,23 @@ def test_singular_covariances_are_refused():
     duplicated[:, 3] = 1
     with pytest.raises(information.SingularCovarianceError):
         information.gaussian_gain(duplicated, duplicated, full=False)
+
+
+def test_errors_of_gains_and_floors_halve_with_four_times_as_many_images():
+    train, test = gaussian(20_000, BLOCKS, 1), gaussian(500, BLOCKS, 2)
+    _, error = information.gaussian_gain(train, test, full=True)
+    assert information.gaussian_gain(train, np.tile(test, (4, 1)), full=True)[1] == pytest.approx(error / 2, rel=0.01)
+    others = [information.gaussian_gain(train, gaussian(500, BLOCKS, seed), full=True)[0] for seed in range(3, 43)]
+    assert error == pytest.approx(np.std(others, ddof=1), rel=0.4)
+    train, test = striped(4000, 0), striped(500, 1)
+    one, four = (
+        information.information_floor(train, np.tile(test, (n, 1, 1)), regions(slice(0, 3), slice(6, 9)), labels=4)
+        for n in (1, 4)
+    )
+    assert four["standard_error"] == pytest.approx(one["standard_error"] / 2, rel=0.01)
+
+
+def test_a_floor_is_no_more_than_there_is_to_know():
+    """Test images of one pattern alone leave nothing to know, whatever the training images were."""
+    train, test = striped(4000, 0), np.repeat(striped(1, 1), 300, axis=0)
+    assert information.information_floor(train, test, regions(slice(0, 3), slice(6, 9)), labels=4)["floor"] <= 0

@@ -7,7 +7,7 @@ import torch
 from vaenb import data, dependence, joint, ladder, likelihood, samples, worth
 from vaenb.config import Config
 from vaenb.gaussians import FullGaussian
-from vaenb.models import VAE
+from vaenb.models import VAE, evaluate
 from vaenb.priors import StandardNormal
 from vaenb.train import fit
 
@@ -180,3 +180,29 @@ def test_joint_training_repeats_bit_for_bit(run):
 def test_a_prior_that_is_no_mixture_has_no_temperature(run):
     with pytest.raises(ValueError, match="only mixtures have one"):
         worth.prior_quality(ladder.repair(run, "per position", COUNT), temperature=0.9)
+
+
+def test_nats_are_gained_on_test_images_and_compared_with_training_images(run, monkeypatch):
+    repaired, shown, aggregate = ladder.repair(run, "per position", COUNT), [], dependence.aggregate
+
+    def watched(model, images, *seed):
+        shown.append(images)
+        return aggregate(model, images, *seed)
+
+    monkeypatch.setattr(dependence, "aggregate", watched)
+    worth.nats(repaired)
+    for name, images in zip(("test", "train"), shown, strict=True):
+        known = {image.numpy().tobytes() for image in getattr(run.images, name)}
+        assert all(image.numpy().tobytes() in known for image in images)
+
+
+def test_what_joint_training_minimises_is_minus_elbo(monkeypatch):
+    torch.manual_seed(0)
+    model, images, values = VAE(), data.load("digits").test[:200], []
+
+    def only_evaluate(loss, _, pixels, *rest):
+        values.extend(loss(pixels).item() for _ in range(20))
+
+    monkeypatch.setattr(joint, "minimise", only_evaluate)
+    joint.train_jointly(model, StandardNormal(model.latent_shape), images, epochs=1, learning_rate=1e-3, seed=0)
+    assert sum(values) / 20 == pytest.approx(sum(evaluate(model, images)).mean().item(), abs=1)

@@ -8,7 +8,8 @@ import torch
 from vaenb import likelihood
 from vaenb.config import Config
 from vaenb.data import load
-from vaenb.models import VAE, evaluate
+from vaenb.gaussians import PositionGaussian
+from vaenb.models import BATCH, VAE, evaluate
 
 
 def small():
@@ -65,3 +66,39 @@ def test_activity_sums_to_the_rate():
 def test_too_few_draws():
     with pytest.raises(ValueError, match="at least one draw"):
         likelihood.log_weights(small(), torch.zeros(1, 1, 2, 2, dtype=torch.uint8), k=0)
+
+
+def test_bounds_are_tighter_than_the_elbo_by_the_slack_of_their_prior():
+    images, model = load("digits"), Config("digits", "dense", latents=8).build((1, 28, 28)).eval()
+    for parameter in model.parameters():
+        parameter.data.mul_(1.5)  # so that z matters, and draws differ in what they explain
+    other = PositionGaussian((8,))
+    other.mean += 1
+    for prior in (None, other):
+        weights = likelihood.log_weights(model, images.test, 10, prior=prior)
+        slack = -weights.mean(dim=0) - likelihood.negative_log_likelihood(weights)
+        whole, part = (likelihood.bounds(model, images, 10, n, prior) for n in (10_000, 100))
+        assert slack.mean() > 1
+        assert whole["negative_elbo"] == pytest.approx(-weights.mean().item(), abs=1)
+        assert whole["negative_elbo"] - whole["negative_log_likelihood"] == pytest.approx(slack.mean().item(), rel=0.05)
+        assert part["standard_error"] == pytest.approx(slack.std().item() / 100**0.5, rel=0.4)
+
+
+def test_a_subset_is_of_random_images():
+    chosen = likelihood._choose(1000, 500)
+    assert len(chosen.unique()) == 500
+    assert 200 < (chosen < 500).sum() < 300
+
+
+def test_the_elbo_is_that_of_the_split_asked_for():
+    images, model = load("digits"), Config("digits").build((1, 28, 28)).eval()
+    for split in ("train", "test"):
+        rate, distortion = evaluate(model, getattr(images, split))
+        assert likelihood.elbo(model, images, split)["negative_elbo"] == pytest.approx((rate + distortion).mean().item())
+
+
+def test_every_batch_has_draws_of_its_own():
+    torch.manual_seed(0)
+    image = torch.randint(2, (1, 1, 28, 28), dtype=torch.uint8) * 255  # binarisation changes nothing
+    weights = likelihood.log_weights(VAE().eval(), image.expand(2 * BATCH, -1, -1, -1), 1)
+    assert len(weights.unique()) > 1.9 * BATCH

@@ -6,6 +6,7 @@ from torch.distributions import kl_divergence
 
 from vaenb.models import (
     ARMS,
+    BATCH,
     VAE,
     AcrossPositions,
     Conv2d,
@@ -15,6 +16,7 @@ from vaenb.models import (
     ToMap,
     ToVector,
     evaluate,
+    noise_sources,
     reparametrise,
 )
 
@@ -300,3 +302,21 @@ def test_spatial_variants_take_images_of_any_size():
 def test_variants_that_make_no_sense(options, message):
     with pytest.raises(ValueError, match=message):
         VAE(**options)
+
+
+def test_pixels_and_latents_have_random_numbers_of_their_own():
+    first = [torch.rand(4, generator=source).tolist() for seed in range(3) for source in noise_sources(seed)]
+    assert len({tuple(numbers) for numbers in first}) == 6
+
+
+def test_evaluation_draws_anew_for_every_batch():
+    torch.manual_seed(0)
+    image = torch.randint(2, (1, 1, 28, 28), dtype=torch.uint8) * 255  # binarisation changes nothing
+    distortion = evaluate(VAE().eval(), image.expand(2 * BATCH, -1, -1, -1))[1]
+    assert len(distortion.unique()) > 1.9 * BATCH
+
+
+def test_images_are_cropped_from_the_top_left():
+    torch.manual_seed(0)
+    vae, z = VAE(), torch.randn(1, 1, 7, 7)
+    torch.testing.assert_close(vae.decode(z, (26, 27)).mean, vae.decode(z).mean[..., :26, :27])

@@ -108,3 +108,18 @@ def test_a_learned_scale_is_what_fits_best():
 def test_configurations_that_no_run_can_have(wrong, message):
     with pytest.raises(ConfigError, match=message):
         Config(**wrong)
+
+
+def test_scales_are_bounded_from_below_and_else_as_learned():
+    found = pixels.scale(torch.tensor([-50.0, -1.0])).tolist()
+    assert found == pytest.approx([math.exp(-7), math.exp(-1)], rel=0.01)
+
+
+@pytest.mark.parametrize("likelihood", ["logistic", "gaussian"])
+def test_pictures_are_grey_values_and_channels_have_their_own_scale(likelihood):
+    torch.manual_seed(0)
+    output, log_scale = torch.linspace(-2, 2, 24).view(2, 3, 2, 2), torch.tensor([-3.0, -2.0, -1.0])
+    p, value = pixels.distribution(likelihood, output, log_scale), torch.rand(2, 3, 2, 2).mul(255).round() / 255
+    assert 0 == p.mean.min() < p.mean.max() == 1
+    each = [pixels.distribution(likelihood, output[:, c : c + 1], log_scale[c : c + 1]) for c in range(3)]
+    torch.testing.assert_close(p.log_prob(value), sum(q.log_prob(value[:, c : c + 1]) for c, q in enumerate(each)))

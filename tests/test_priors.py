@@ -2,7 +2,9 @@
 
 import copy
 import functools
+import math
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -491,3 +493,32 @@ def test_latents_in_double_precision_and_any_seed():
     z = torch.randn(300, 2, generator=torch.Generator().manual_seed(0)).double()
     for prior in (FullGaussian((2,)), Mixture((2,), 2)):
         torch.testing.assert_close(prior.fit(z, seed=-1).log_prob(z), prior.log_prob(z.float()))
+
+
+def test_a_ridge_is_added_to_the_variances():
+    z = torch.randn(500, 3, generator=torch.Generator().manual_seed(0))
+    mixture = Mixture((3,), components=1, sweeps=(1, 0), ridge=0.5).fit(z)
+    covariance = torch.linalg.inv(mixture.whitening[0].mT @ mixture.whitening[0]).detach()
+    torch.testing.assert_close(covariance, torch.cov(z.T, correction=0) + 0.5 * torch.eye(3), atol=1e-3, rtol=1e-3)
+
+
+def test_the_midpoint_rule_errs_by_the_square_of_its_steps():
+    """dz/dt = t² z, whose solution is known: z(1) = z(0) exp(1/3), and the density falls by as much in each latent."""
+    errors = []
+    for steps in (4, 8):
+        flow = FlowMatching((1, 2, 2), hidden=4, steps=steps)
+        flow.velocity = lambda z, t: t[:, None, None, None] ** 2 * z
+        z, noise = (prior.sample(5, seed=1) for prior in (flow, StandardNormal((1, 2, 2))))
+        exact = StandardNormal((1, 2, 2)).log_prob(z * math.exp(-1 / 3)) - 4 / 3
+        errors.append([(z / noise - math.exp(1 / 3)).abs().max().item(), (flow.log_prob(z) - exact).abs().max().item()])
+    ratios = np.divide(*errors)
+    assert (ratios > 3).all(), ratios
+    assert max(errors[1]) < 0.02
+
+
+def test_densities_of_one_batch_are_estimated_in_directions_of_their_own():
+    torch.manual_seed(0)
+    flow = FlowMatching((1, 4, 4), hidden=8, dilations=(1,))
+    for parameter in flow.parameters():
+        parameter.data = 0.3 * torch.randn_like(parameter)
+    assert len(flow.log_prob(torch.randn(1, 1, 4, 4).expand(50, -1, -1, -1)).unique()) > 40

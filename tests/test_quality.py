@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 import warnings
@@ -141,12 +142,13 @@ def test_kernel_distance_is_unbiased_and_knows_its_error():
     assert far > 5 * error
 
 
-def test_kernel_distance_does_not_mind_order():
+def test_order_makes_a_kernel_distance_no_less_certain():
     """In blocks of sorted samples each block would be compared with the wrong part of the other set."""
     a, b = gaussian(400), gaussian(400, seed=1)
-    shuffled, _ = quality.kernel_distance(a, b, block=100)
-    ordered, error = quality.kernel_distance(a[a[:, 0].argsort()], b, block=100)
-    assert abs(ordered - shuffled) < 4 * error
+    shuffled, usual = quality.kernel_distance(a, b, block=100)
+    ordered, error = quality.kernel_distance(a[a[:, 0].argsort()], b[b[:, 0].argsort()[::-1]], block=100)
+    assert abs(ordered - shuffled) < 4 * usual
+    assert error < 4 * usual
 
 
 @pytest.mark.parametrize("k", [1, 5])
@@ -268,3 +270,40 @@ def test_random_number_tests_pass_and_have_power(monkeypatch):
     assert min(checks.random_numbers(pixels).values()) > 0.001
     monkeypatch.setattr(checks, "binarise", lambda p, u: (u < p.float() / 250).float())
     assert checks.random_numbers(pixels)["pixels are one as often as they are grey"] < 1e-6
+
+
+def test_a_comparison_is_of_pictures_with_the_reference():
+    (few, many), sure = (gaussian(300, scale=0.5), gaussian(500, seed=1)), np.eye(10)[np.arange(500) % 10]
+    measured = quality.compare((few, sure[:300]), (many, sure), slow=True)
+    assert (measured["density"], measured["coverage"]) == quality.density_coverage(many, few)
+    again = quality.bootstrap_error(lambda drawn: quality.frechet_distance(drawn, many), few)
+    assert measured["frechet_error"] == pytest.approx(again)
+
+
+def test_samples_come_from_the_prior_and_reconstructions_from_the_images():
+    images, model = load("digits"), Config("digits").build((1, 28, 28)).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.mul_(2)
+    model.to_latent[-1].weight[1:], model.to_latent[-1].bias[1:] = 0, -20  # z is the mean
+    images = dataclasses.replace(images, test=(images.test > 127).to(torch.uint8) * 255)  # binarisation changes nothing
+    drawn = quality.pictures(model, images, 60)
+    expected = model.decode(model.encode(images.test[:60].float() / 255).mean).mean
+    torch.testing.assert_close(drawn["reconstructions"], expected, atol=1e-3, rtol=0)
+    assert len(drawn["samples"].flatten(1).unique(dim=0)) == 60
+    measured = quality.picture_statistics(model, images, 60)
+    for name in ("samples", "reconstructions"):
+        ratio = drawn[name].var(dim=0).sum() / drawn["data"].var(dim=0).sum()
+        assert measured[f"variety_{name}"] == pytest.approx(ratio.item(), rel=1e-4)
+
+
+def test_samples_are_resampled_independently_of_each_other():
+    a = gaussian(400, d=1)
+    error = quality.bootstrap_error(lambda x, y: float(x.mean() - y.mean()), a, a, resamples=400)
+    assert error == pytest.approx(math.sqrt(2) * a.std() / 20, rel=0.15)
+
+
+def test_a_p_value_is_the_smaller_the_more_was_right():
+    pairs = [(gaussian(60, seed=2 * i), gaussian(60, seed=2 * i + 1)) for i in range(12)]
+    accuracies, p = np.transpose([quality.two_sample_test(*pair) for pair in pairs])
+    assert accuracies.min() < 0.5 < accuracies.max()
+    assert (np.diff(p[accuracies.argsort(kind="stable")]) <= 0).all()

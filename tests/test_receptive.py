@@ -140,3 +140,10 @@ def test_counting_pairs_needs_no_list_of_them():
     wide = np.ones((3, 512), dtype=bool)  # 512 common positions are many, not none
     assert share_a_latent(wide, wide).all()
     assert dependence_range(wide, wide) == 2
+
+
+def test_the_range_of_dependence_is_that_of_the_axis_that_reaches_farther():
+    from vaenb.receptive import dependence_range
+
+    near, far = np.eye(4, dtype=bool), np.ones((3, 5), dtype=bool)
+    assert dependence_range(near, far) == dependence_range(far, near) == 2

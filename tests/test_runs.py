@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import types
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -118,12 +119,13 @@ def test_what_an_interrupted_call_left_is_handed_to_the_next(build):
     assert not list(folder.glob(".*"))
 
 
-def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_leaves_the_old_file_and_nothing_else(number, tmp_path, monkeypatch):
     path = tmp_path / "file"
     runs.write_atomically(path, "old")
 
     def full(_):
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(runs.DiskFull, match=r"no space left.*free some space"):
@@ -166,6 +168,7 @@ def test_what_a_measurement_depends_on_is_followed_through_imports():
         "vaenb.dependence",
         "vaenb.receptive",
         "vaenb.models",
+        "vaenb.pixels",  # which models imports, and samples does not
     } <= names
     assert not names & {"vaenb.runs", "vaenb.progress", "vaenb.train", "vaenb.figures"}
 
@@ -179,3 +182,54 @@ def test_a_lock_is_held_by_its_holder_and_not_by_those_who_ask(tmp_path):
     with lock.open("rb") as file:
         fcntl.flock(file, fcntl.LOCK_SH)  # as another one who asks, at this moment
         assert not runs.is_held(lock)
+
+
+def test_a_file_is_whole_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    events, replace = [], os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: events.append(os.fstat(file).st_size))
+    monkeypatch.setattr(os, "replace", lambda *names: events.append("named") or replace(*names))
+    runs.write_atomically(tmp_path / "file", b"12345")
+    assert events == [5, "named"]
+
+
+def test_an_entry_that_another_process_computes_is_waited_for_or_busy(build):
+    lock = build / "runs" / ".locks" / f"a-{runs.key({}, [])}.lock"
+    with runs.exclusive(lock), pytest.raises(runs.Busy):
+        runs.entry("a", {}, [], lambda _: pytest.fail("computed by two"), wait=False)
+
+
+def test_what_another_process_finished_meanwhile_is_used(build, monkeypatch):
+    folder = runs.entry("a", {}, [], make)
+    parked, real = folder.rename(build / "parked"), runs.exclusive
+
+    @contextmanager
+    def meanwhile(path, wait=True):
+        parked.rename(folder)
+        with real(path, wait):
+            yield
+
+    monkeypatch.setattr(runs, "exclusive", meanwhile)
+    assert runs.entry("a", {}, [], lambda _: pytest.fail("computed twice")) == folder
+
+
+def test_checksums_that_an_interrupted_call_left_are_no_part_of_the_entry(build):
+    partial = build / "runs" / f"a-{runs.key({}, [])}.partial"
+    partial.mkdir(parents=True)
+    (partial / runs.CHECKSUMS).write_text("of another time\n")
+    assert runs.problem_with(runs.entry("a", {}, [], make), {}) is None
+
+
+def test_two_processes_that_write_one_file_write_two_whole_ones(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    with runs.atomic(path) as slow:
+        slow.write(b"slow")
+        with monkeypatch.context() as other:
+            other.setattr(os, "getpid", lambda: 1)
+            runs.write_atomically(path, b"fast")
+        assert path.read_bytes() == b"fast"
+    assert path.read_bytes() == b"slow"
+
+
+def test_a_call_at_the_start_of_a_function_is_code(tmp_path):
+    calls = [module(f"def f(x):\n    x.append({n})\n    return x\n", tmp_path, f"m{n}") for n in (1, 2)]
+    assert runs.key({}, calls[:1]) != runs.key({}, calls[1:])

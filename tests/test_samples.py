@@ -102,3 +102,23 @@ def test_pixel_statistics_refuse_colour(vae, digits):
     for measure in (lambda: samples.data_correlation(colour), lambda: samples.two_point(vae, colour)):
         with pytest.raises(ValueError, match="3 channels"):
             measure()
+
+
+def test_statistics_of_the_mean_picture_are_relative_to_those_of_data(vae, digits, monkeypatch):
+    grey = samples.halves(digits)[1].float() / 255
+    for name in ("classifier", "known_features", "extract"):  # it takes long to train
+        monkeypatch.setattr(samples, name, lambda *_: None)
+    monkeypatch.setattr(samples, "compare", lambda *_: {})
+    monkeypatch.setattr(samples, "decoded", lambda *_: 0.5 * grey)  # half as bright as data
+    measured = samples.picture_quality(vae, digits)["prior"]
+    assert measured["mean_image_contrast"] == pytest.approx(0.25, rel=1e-4)
+    expected = (0.5 * grey.mean(dim=0)).square().sum() / grey.var(dim=0).sum()
+    assert measured["mean_image_error"] == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_nats_are_measured_on_latents_that_nothing_was_fitted_to(vae, digits, monkeypatch):
+    z = torch.randn(300, 1, 7, 7, generator=torch.Generator().manual_seed(0))  # N(0, I): nothing to gain
+    monkeypatch.setattr(samples, "aggregate", lambda *_: z)
+    nats = samples.aggregate_nats(vae, digits)
+    assert nats["position"] < 0  # held out, overfitting costs
+    assert abs(nats["total_correlation"]) < 1  # the plug-in value is 2

@@ -35,3 +35,16 @@ def test_smoothing_by_a_known_kernel_correlates_as_it_must():
 def test_relative_error_of_curves():
     assert scenes.relative_error([1, 0.5, 0.2], [1, 0.5, 0.2]) == 0
     assert scenes.relative_error([1, 0.0, 0.0], [1, 0.5, 0.2]) == pytest.approx(1)
+
+
+def test_a_spectrum_does_not_take_borders_for_edges():
+    wave = torch.sin(2 * math.pi * 5.5 * torch.arange(64) / 64)[None, None].expand(1, 64, 64)
+    power = scenes.spectrum(wave)
+    assert power[12:].sum() / power.sum() < 1e-4
+
+
+def test_brightness_changes_no_statistic_of_a_field():
+    noise = torch.rand(50, 3, 24, 24, generator=torch.Generator().manual_seed(0)) / 2
+    dark, bright = (scenes.stationary({"data": noise + offset}) for offset in (0.0, 0.4))
+    for name in ("two_point", "spectrum", "variance"):
+        np.testing.assert_allclose(bright[name]["data"], dark[name]["data"], rtol=1e-2, atol=1e-3)

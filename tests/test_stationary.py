@@ -6,7 +6,7 @@ import torch
 
 from vaenb.gaussians import PositionGaussian
 from vaenb.samples import two_point_correlation
-from vaenb.stationary import WIDTHS, GaussianField, Patchwork, StationaryFlow
+from vaenb.stationary import COARSE, WIDTHS, GaussianField, Patchwork, StationaryFlow
 
 
 @pytest.fixture
@@ -126,3 +126,43 @@ def test_a_trained_flow_keeps_the_kinds_and_correlations_over_the_whole_tile():
     mean = drawn.mean(dim=(1, 2, 3))
     assert ((mean - 2).abs() < 0.5).float().mean() == pytest.approx(0.75, abs=0.15)
     assert ((mean - 2).abs() < 0.5).float().mean() + ((mean + 1).abs() < 1).float().mean() > 0.85
+
+
+def test_a_patchwork_of_one_kind_is_its_field(field):
+    patchwork = Patchwork((2, 8, 8), kinds=1)
+    patchwork.mean, patchwork.mixing = field.mean[None], field.mixing[None]
+    drawn = patchwork.draw(torch.ones(50, 1, 3, 5), torch.Generator().manual_seed(1))
+    torch.testing.assert_close(drawn, field.sample(50, (3, 5), seed=1))
+
+
+def test_a_flow_cannot_tell_where_the_border_is():
+    torch.manual_seed(0)
+    flow = StationaryFlow((2, 8, 8), hidden=8, dilations=(1, 2)).double()
+    for parameter in flow.parameters():
+        parameter.data = 0.2 * torch.randn_like(parameter)
+    same = torch.randn(1, 8, 1, 1, dtype=torch.float64).expand(-1, -1, 12, 12)
+    speed = flow.velocity(same, torch.full((1,), 0.3, dtype=torch.float64))
+    torch.testing.assert_close(speed, speed[..., :1, :1].expand_as(speed))
+
+
+def test_noise_is_paired_with_latents_of_its_kind(monkeypatch):
+    pairs = []
+    monkeypatch.setattr("vaenb.stationary.Learned._fit", lambda _, both: pairs.append(both))
+    z, calm = two_kinds(400, torch.Generator().manual_seed(0))
+    StationaryFlow((2, 8, 8), hidden=8, kinds=2, patch=1).fit(z)
+    noise, latents = pairs[0].unbind(dim=1)
+    assert torch.equal(latents, z)
+    assert ((noise.mean(dim=(1, 2, 3)) > 0.5) == calm).float().mean() > 0.99
+
+
+def test_kinds_do_not_depend_on_the_unit_of_the_latents():
+    z, _ = two_kinds(400, torch.Generator().manual_seed(0))
+    found = [Patchwork((2, 8, 8), kinds=2).fit(unit * z).kinds_of(unit * z) for unit in (1.0, 0.01)]
+    assert (found[0] == found[1]).float().mean() in (0, 1)
+    assert len(found[1].unique()) == 2
+
+
+def test_kinds_change_between_the_points_of_the_lattice():
+    kinds = Patchwork((1, 16, 16), kinds=6).draw_kinds(50, (50, 50 * COARSE + 1), torch.Generator().manual_seed(0))
+    changes = (kinds[..., 1:] != kinds[..., :-1]).float().mean(dim=(0, 1)).view(-1, COARSE).mean(dim=0)
+    assert changes.min() > 0.5 * changes.max()

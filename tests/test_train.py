@@ -1,5 +1,8 @@
 import dataclasses
+import errno
+import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,9 +12,11 @@ from itertools import pairwise
 
 import pytest
 import torch
+from lightning_fabric.plugins.precision import Precision
 
-from vaenb import data, likelihood, models, runs
+from vaenb import checkpoints, data, gpu, likelihood, models, runs
 from vaenb.config import Config, ConfigError, effective_beta, loss_of
+from vaenb.muon import Muon, groups
 from vaenb.train import TrainingDiverged, fit, fit_all, schedule
 
 TINY = Config("digits", "dense", latents=8, epochs=2)
@@ -264,3 +269,61 @@ def test_fit_all_leaves_to_others_what_they_are_busy_with_and_collects_it_in_the
 def test_what_is_in_the_store_is_read_and_drawn_without_loading_fabric():
     code = "import sys, vaenb.worth, vaenb.figures; sys.exit('lightning_fabric' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def checkpointed():
+    torch.manual_seed(0)
+    model = torch.nn.Linear(2, 2)
+    return model, Muon(groups(model), 0.1), Precision()
+
+
+def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(tmp_path, monkeypatch):
+    parts = checkpointed()
+    checkpoints.save(tmp_path, *parts, [[1.0]])
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(runs.DiskFull):
+            checkpoints.save(tmp_path, *parts, [[1.0], [2.0]])
+    assert checkpoints.restore(checkpoints.newest(tmp_path), *parts) == [[1.0]]
+
+
+def test_of_two_checkpoints_the_newer_one_is_resumed_from(tmp_path):
+    parts = checkpointed()
+    for epoch in (1, 2):  # a kill after the second was written, and before the first was dropped
+        checkpoints.save(tmp_path / str(epoch), *parts, [[1.0]] * epoch)
+        shutil.copytree(tmp_path / str(epoch), tmp_path / "both", dirs_exist_ok=True)
+    assert len(checkpoints.restore(checkpoints.newest(tmp_path / "both"), *parts)) == 2
+
+
+def test_every_epoch_and_every_seed_has_random_numbers_of_its_own(monkeypatch):
+    seen, observed = [], models.VAE.observed
+
+    def watched(model, images, uniform):
+        if torch.is_grad_enabled():  # not in evaluation, which is always the same
+            seen.append(uniform.flatten()[0].item())
+        return observed(model, images, uniform)
+
+    monkeypatch.setattr(models.VAE, "observed", watched)
+    for seed in (0, 1):
+        fit(dataclasses.replace(TINY, seed=seed))
+    assert len(seen) == len(set(seen)) == 2 * 2 * math.ceil(len(data.load("digits").train) / TINY.batch_size)
+
+
+def test_the_learning_rate_rises_and_falls_once_over_all_epochs(monkeypatch):
+    rates, real = [], gpu.set_learning_rate
+    monkeypatch.setattr(gpu, "set_learning_rate", lambda group, rate: rates.append(rate) or real(group, rate))
+    fit(TINY)
+    steps = 2 * math.ceil(len(data.load("digits").train) / TINY.batch_size)
+    expected = [TINY.learning_rate * schedule(step / steps) for step in range(steps)]
+    assert rates[:: len(rates) // steps] == pytest.approx(expected)
+
+
+def test_training_values_are_means_over_images():
+    run = fit(dataclasses.replace(TINY, epochs=1, batch_size=1000, learning_rate=1e-9))  # two batches, of which one is small
+    rate, distortion = models.evaluate(run.model, run.images.train)
+    assert run.history["rate"][0] == pytest.approx(rate.mean().item(), rel=0.05)
+    assert run.history["distortion"][0] == pytest.approx(distortion.mean().item(), rel=0.01)
