@@ -39,7 +39,7 @@ $(READY):
 
 figures: setup  ## train what is missing, execute the notebooks, make the figures
 	@params="$(PARAMS)"; [ -n "$$params" ] || params=$$($(RUN) --dataset $(DATASET) --resolve) || exit 1; \
-	$(MAKE) --no-print-directory $(if $(findstring --jobserver,$(MAKEFLAGS)),,-j$(or $(JOBS),2)) made PARAMS="$$params" && \
+	$(MAKE) --no-print-directory $(if $(findstring --jobserver,$(MAKEFLAGS))$(filter -j1,$(MAKEFLAGS)),,-j$(or $(JOBS),2)) made PARAMS="$$params" && \
 	$(RUN) --params "$$params" --times
 
 # A short one first, for whoever waits for a picture; then the long ones, so that side by side they end together. Notebooks that

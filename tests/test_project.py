@@ -9,7 +9,7 @@ from pathlib import Path
 import nbformat
 import pytest
 import yaml
-from numpy import mean  # as the figures do, so that halves are rounded alike
+from numpy import cumsum, mean  # as the figures do, so that halves are rounded alike
 from packaging.specifiers import SpecifierSet
 
 from vaenb.figures.style import spread
@@ -242,3 +242,26 @@ def test_times_to_a_bound_in_the_readme_are_those_of_the_benchmark():
 
 def _mean_and_deviation(values):
     return f"{mean(values):.1f}" + (f" ± {spread(values, '{:.1f}')}" if len(values) > 1 else "")
+
+
+@pytest.mark.parametrize(("option", "at_once"), [("-j1", 1), ("JOBS=1", 1), ("-j3", 3), ("", 2)])
+def test_as_many_notebooks_at_once_as_make_was_told(option, at_once, tmp_path):
+    """An interpreter that only notes when it begins and ends; told nothing, make asks it for a number, and hears 2."""
+    python, log = tmp_path / "python", tmp_path / "log"
+    python.write_text(
+        f"""#!/bin/sh
+case "$*" in
+*--resolve*) echo parameters.yaml ;;
+*--jobs*) echo 2 ;;
+*--times*) ;;
+*) echo 1 >> "{log}"; sleep 0.2; echo -1 >> "{log}" ;;
+esac
+"""
+    )
+    python.chmod(0o755)
+    plain = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    command = ["make", "figures", f"INTERPRETER={python}", *[option] * bool(option)]
+    subprocess.run(command, cwd=ROOT, env=plain, check=True, stdout=subprocess.DEVNULL)
+    steps = [int(step) for step in log.read_text().split()]
+    assert cumsum(steps).max() == at_once
+    assert sum(steps) == 0
