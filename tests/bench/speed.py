@@ -135,10 +135,10 @@ def show(numbers: dict[str, Any]) -> None:
     options = {
         "training": {"xlim": (0, None), "ylim": (0, 400)},
         "decoding": {"xscale": "log", "ylim": (0, None)},
-        "sampling": {"xscale": "log", "yscale": "log", "ylim": (1e-4, 1e5)},
+        "sampling": {"xscale": "log", "yscale": "log", "ylim": (1e-4, 1e4)},
     }
     growth = max(max(values) / values[0] for panel in across for values in times[panel].values())
-    finding = "does not grow" if growth < 1.05 else f"grows to {growth:.1f} times at most"
+    finding = "does not grow" if growth < 1.05 else f"grows by {100 * (growth - 1):.0f} % at most"
     figures.save(
         figures.curves(
             panels, labels, f"Time per image, pixel and sample {finding} with their number",
