@@ -26,7 +26,7 @@ from typing import Any
 import yaml
 
 from vaenb import claims
-from vaenb.runs import HELPER, ROOT, DiskFull, build_folder, exclusive, is_held, sha256, write_atomically
+from vaenb.runs import HELPER, ROOT, DiskFull, build_folder, cores, exclusive, is_held, sha256, write_atomically
 
 SOURCE = Path(__file__).resolve().parents[1]  # the kernels must use this checkout, wherever the environment came from
 NOTEBOOKS = ROOT / "notebooks"
@@ -215,11 +215,10 @@ def jobs() -> int:
     at the same time; memory of the GPU, about a GiB each, is not looked at. Of containers, the limits of version 2 control
     groups count.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     together = Path(os.environ.get("CUDA_MPS_PIPE_DIRECTORY") or "/tmp/nvidia-mps", "control").exists()
     on_a_gpu = ON_A_GPU if shutil.which("nvidia-smi") and not together else math.inf
-    return max(2, int(min(cores, _allowed("cpu.max"), memory / ROOM, _allowed("memory.max") / ROOM, on_a_gpu)))
+    return max(2, int(min(cores(), _allowed("cpu.max"), memory / ROOM, _allowed("memory.max") / ROOM, on_a_gpu)))
 
 
 def _allowed(file: str) -> float:

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from vaenb.pictures import EXTENSIONS, Unreadable, opened, rgb
+from vaenb.runs import cores
 
 SIDE = 64  # pixels of a crop along each axis, if the name of the set says nothing else
 CAP = 16  # crops of one file in an epoch, at most
@@ -250,9 +251,8 @@ def workers() -> int:
     Raises:
         DataError: the variable is no such number.
     """
-    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    cores = here // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    given = os.environ.get("VAENB_WORKERS") or str(min(max(cores - 1, 1), 4))
+    here = cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    given = os.environ.get("VAENB_WORKERS") or str(min(max(here - 1, 1), 4))
     if not given.isdecimal():
         raise DataError(f"VAENB_WORKERS={given}: expected a number of processes, at least 0")
     return int(given)

@@ -246,6 +246,11 @@ def is_held(path: Path) -> bool:
     return False
 
 
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _environment() -> dict[str, str]:
     packages = {name: version(name) for name in ("torch", "numpy")}
     return {"python": platform.python_version(), "machine": platform.machine(), "system": platform.system(), **packages}

@@ -13,7 +13,6 @@ import functools
 import importlib.util
 import json
 import multiprocessing
-import os
 import statistics
 import sys
 import tempfile
@@ -29,7 +28,7 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import datasets, transforms
 
-from vaenb import cpu, data, muon, train
+from vaenb import cpu, data, muon, runs, train
 from vaenb.config import Config, loss_of
 from vaenb.models import VAE, reparametrise
 
@@ -180,7 +179,7 @@ def as_it_comes(way: str, cores: int, options: dict[str, Any]) -> float:
 
 def on_all_cores() -> dict[str, dict[str, float]]:
     """Ours with a run on each core, the others as they come, for each arm."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = runs.cores()
     found = {}
     context = multiprocessing.get_context("spawn")
     with (
