@@ -37,10 +37,10 @@ $(READY):
 	@$(PY) -c 'import torch, torchvision'
 	@touch $@
 
+# exec: a signal to make reaches what it has started, where a shell between them would end alone.
 figures: setup  ## train what is missing, execute the notebooks, make the figures
 	@params="$(PARAMS)"; [ -n "$$params" ] || params=$$($(RUN) --dataset $(DATASET) --resolve) || exit 1; \
-	$(MAKE) --no-print-directory $(if $(findstring --jobserver,$(MAKEFLAGS))$(filter -j1,$(MAKEFLAGS)),,-j$(or $(JOBS),2)) made PARAMS="$$params" && \
-	$(RUN) --params "$$params" --times
+	exec $(MAKE) --no-print-directory $(if $(findstring --jobserver,$(MAKEFLAGS))$(filter -j1,$(MAKEFLAGS)),,-j$(or $(JOBS),2)) made PARAMS="$$params"
 
 # A short one first, for whoever waits for a picture; then the long ones, so that side by side they end together. Notebooks that
 # want the same runs share them through the run store in any order; only the comparison of the maps waits for theirs, so as not to
@@ -53,18 +53,19 @@ LONGEST := 07_trained_jointly 05_locality 08_any_size 07_priors 06_controls 03_b
 HELPERS := helper-1 helper-2 helper-3 helper-4 helper-5 helper-6
 .PHONY: $(BOOKS) $(HELPERS)
 made: $(BOOKS) $(HELPERS)
+	@$(RUN) $(WITH) --times
 $(BOOKS) $(HELPERS): setup
 $(HELPERS): $(filter $(MAPS),$(BOOKS))  # what 02_map_sizes waits for, so that its turn comes before theirs
 02_map_sizes: $(MAPS)
 
 $(MAPS):
-	@$(RUN) $(WITH) 02_latent_maps latent_size=$(subst 02_latent_maps-,,$@)
+	@exec $(RUN) $(WITH) 02_latent_maps latent_size=$(subst 02_latent_maps-,,$@)
 
 $(filter-out $(MAPS),$(BOOKS)):
-	@$(RUN) $(WITH) $@
+	@exec $(RUN) $(WITH) $@
 
 $(HELPERS): helper-%:
-	@$(RUN) $(WITH) --helper $* $(LONGEST)
+	@exec $(RUN) $(WITH) --helper $* $(LONGEST)
 
 test: setup  ## unit, property and notebook tests; no network needed
 	@$(PY) -m pytest --nbval -n 2 -q

@@ -3,6 +3,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 
@@ -244,24 +245,49 @@ def _mean_and_deviation(values):
     return f"{mean(values):.1f}" + (f" ± {spread(values, '{:.1f}')}" if len(values) > 1 else "")
 
 
-@pytest.mark.parametrize(("option", "at_once"), [("-j1", 1), ("JOBS=1", 1), ("-j3", 3), ("", 2)])
-def test_as_many_notebooks_at_once_as_make_was_told(option, at_once, tmp_path):
-    """An interpreter that only notes when it begins and ends; told nothing, make asks it for a number, and hears 2."""
-    python, log = tmp_path / "python", tmp_path / "log"
-    python.write_text(
-        f"""#!/bin/sh
+@pytest.fixture
+def start_make(tmp_path):
+    """``make figures`` with an interpreter that does no more than ``instead`` when it is to execute a notebook."""
+
+    def start(instead, *options):
+        python = tmp_path / "python"
+        python.write_text(
+            f"""#!/bin/sh
 case "$*" in
 *--resolve*) echo parameters.yaml ;;
 *--jobs*) echo 2 ;;
 *--times*) ;;
-*) echo 1 >> "{log}"; sleep 0.2; echo -1 >> "{log}" ;;
+*) {instead} ;;
 esac
 """
-    )
-    python.chmod(0o755)
-    plain = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
-    command = ["make", "figures", f"INTERPRETER={python}", *[option] * bool(option)]
-    subprocess.run(command, cwd=ROOT, env=plain, check=True, stdout=subprocess.DEVNULL)
+        )
+        python.chmod(0o755)
+        plain = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+        command = ["make", "figures", f"INTERPRETER={python}", *options]
+        return subprocess.Popen(command, cwd=ROOT, env=plain, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    return start
+
+
+@pytest.mark.parametrize(("option", "at_once"), [("-j1", 1), ("JOBS=1", 1), ("-j3", 3), ("", 2)])
+def test_as_many_notebooks_at_once_as_make_was_told(option, at_once, start_make, tmp_path):
+    """Each only notes when it begins and ends; told nothing, make asks how many, and hears 2."""
+    log = tmp_path / "log"
+    make = start_make(f'echo 1 >> "{log}"; sleep 0.2; echo -1 >> "{log}"', *[option] * bool(option))
+    assert make.wait() == 0
     steps = [int(step) for step in log.read_text().split()]
     assert cumsum(steps).max() == at_once
     assert sum(steps) == 0
+
+
+def test_whoever_ends_make_ends_all_that_it_started(start_make, tmp_path):
+    """By ``kill`` of the first process, as schedulers do it; Ctrl-C reaches all of them anyway."""
+    log = tmp_path / "log"
+    make = start_make(f'echo $$ >> "{log}"; exec sleep 60')
+    while len(started := log.read_text().split() if log.exists() else []) < 2:
+        time.sleep(0.05)
+    make.terminate()
+    make.wait()
+    for process in started:
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(process), 0)
