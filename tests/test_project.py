@@ -184,11 +184,14 @@ def test_numbers_of_priors_in_the_readme_are_those_of_the_committed_figures():
     }
     cells = [_mean_and_deviation(cold["FCNN-VAE, deep"]["0.85"][c]) for c in ("to_reconstructions", "frechet")]
     assert f"| … drawn at temperature 0.85 | | {' | '.join(cells)} |" in readme
-    best, fc, trunks = (nearest[name]["frechet"] for name in ("FCNN-VAE, deep", "FC-VAE", "FC-VAE, same trunks"))
+    best, fc, alike = (nearest[name]["frechet"] for name in ("FCNN-VAE, deep", "FC-VAE", "FC-VAE, 49, deep"))
     assert f"({_mean_and_deviation(best)} against {_mean_and_deviation(fc)}," in readme
-    assert f"with its trunks is nearer still ({trunks[0]:.1f}," in readme
+    assert f"is nearer still\n({_mean_and_deviation(alike)}, two seeds)" in readme
     for model in ("FC-VAE, 20, jointly", "FC-VAE, 20, deep, jointly"):
         assert f"({_mean_and_deviation(likelihood[model]['negative_log_likelihood'])}" in readme
+    alike = _mean_and_deviation(likelihood["FC-VAE, 49, deep, jointly"]["negative_log_likelihood"])
+    assert f"an FC-VAE is level with it**: {alike} nats" in readme
+    assert f"with {joint['parameters']['FC-VAE, 49, deep']:,} parameters in encoder and decoder" in readme
 
 
 def test_numbers_of_land_in_the_readme_are_those_of_the_committed_figures():
