@@ -118,6 +118,17 @@ def test_a_figure_that_is_no_longer_made_does_not_stay(project):
     assert (project / "figures/digits/renamed_1.png").exists()
 
 
+def test_what_a_killed_process_had_half_written_does_not_stay(project):
+    half, of_others = (project / "figures/digits" / name for name in (".figure_1.png-host-99", ".mine.png-host-99"))
+    half.parent.mkdir(parents=True)
+    for file in (half, of_others):
+        file.write_text("half a pic")
+    run()
+    assert (project / "figures/digits/figure_1.png").read_text() == "picture of 1"
+    assert not half.exists()
+    assert of_others.exists()
+
+
 def test_a_figure_that_another_notebook_makes_now_stays(project):
     run()
     write_notebook(project, WRITES.replace("figure_{n}", "renamed_{n}"))

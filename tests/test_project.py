@@ -189,10 +189,11 @@ def test_numbers_of_priors_in_the_readme_are_those_of_the_committed_figures():
     assert f"is nearer still\n({_mean_and_deviation(alike)}, one seed)" in readme
     assert f"({_mean_and_deviation(likelihood['FC-VAE, 20, jointly']['negative_log_likelihood'])}" in readme
     alike = _mean_and_deviation(likelihood["FC-VAE, 49, deep, jointly"]["negative_log_likelihood"])
-    assert f"an FC-VAE\nis level with it**: {alike} nats (one seed)" in readme
+    assert f"an FC-VAE\nis level with it**: {alike} nats (one seed; the deep model:" in readme
     middle = {rung: f"{distances[0]:.0f}" for rung, (_, distances) in worth["points"]["FCNN-VAE, 14×14"].items()}
-    assert f"from {middle['N(0, I)']} under N(0, I) to {middle['mixture']} with\na mixture" in readme
-    assert f"and to {middle['flow matching']} with flow matching" in readme
+    assert f"from {middle['N(0, I)']} under N(0, I) to {middle['mixture']} with\na mixture of 76 and" in readme
+    assert f"and to {middle['flow matching']} with flow matching, where reconstructions of other images" in readme
+    assert f"are at {worth['floors']['FCNN-VAE, 14×14']:.1f} (" in readme
     assert f"with {joint['parameters']['FC-VAE, 49, deep']:,} parameters in encoder and decoder" in readme
 
 
@@ -290,6 +291,7 @@ def test_whoever_ends_make_ends_all_that_it_started(start_make, tmp_path):
     log = tmp_path / "log"
     make = start_make(f'echo $$ >> "{log}"; exec sleep 60')
     while len(started := log.read_text().split() if log.exists() else []) < 2:
+        assert make.poll() is None
         time.sleep(0.05)
     make.terminate()
     make.wait()

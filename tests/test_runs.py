@@ -3,6 +3,7 @@ import fcntl
 import json
 import os
 import pickle
+import platform
 import types
 from contextlib import contextmanager
 from pathlib import Path
@@ -219,12 +220,14 @@ def test_checksums_that_an_interrupted_call_left_are_no_part_of_the_entry(build)
     assert runs.problem_with(runs.entry("a", {}, [], make), {}) is None
 
 
-def test_two_processes_that_write_one_file_write_two_whole_ones(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("module", "name"), [(os, "getpid"), (platform, "node")])
+def test_two_processes_that_write_one_file_write_two_whole_ones(module, name, tmp_path, monkeypatch):
+    """On one machine, or on two that share a folder."""
     path = tmp_path / "file"
     with runs.atomic(path) as slow:
         slow.write(b"slow")
         with monkeypatch.context() as other:
-            other.setattr(os, "getpid", lambda: 1)
+            other.setattr(module, name, lambda: "another")
             runs.write_atomically(path, b"fast")
         assert path.read_bytes() == b"fast"
     assert path.read_bytes() == b"slow"

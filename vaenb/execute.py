@@ -8,6 +8,7 @@ git and clocks set the times of files as they like.
 
 import argparse
 import errno
+import glob
 import hashlib
 import json
 import logging
@@ -147,6 +148,8 @@ def execute(notebook: str, path: Path, overrides: Mapping[str, Any]) -> bool:
         target.mkdir(parents=True, exist_ok=True)
         for file in sorted(staging.iterdir()):
             outputs[str((target / file.name).relative_to(ROOT))] = sha256(file)
+            for killed in target.glob(f".{glob.escape(file.name)}-*"):  # who wrote it half; this notebook is locked
+                killed.unlink(missing_ok=True)
             write_atomically(target / file.name, file.read_bytes())  # build/ may lie on another device
             file.unlink()
         others = (_read_stamp(other).get("outputs", {}) for other in stamp.parent.glob("*.json") if other != stamp)

@@ -72,7 +72,7 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
     Raises:
         DiskFull: see ``write_atomically``.
     """
-    temporary = path.with_name(f".{path.name}-{os.getpid()}")
+    temporary = path.with_name(f".{path.name}-{platform.node()}-{os.getpid()}")  # machines may share a folder
     try:
         with temporary.open("wb") as file:
             yield file
