@@ -7,6 +7,7 @@ import time
 from contextlib import contextmanager
 
 import nbformat
+import papermill
 import pytest
 import yaml
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
@@ -116,6 +117,26 @@ def test_a_figure_that_is_no_longer_made_does_not_stay(project):
     run()
     assert not (project / "figures/digits/figure_1.png").exists()
     assert (project / "figures/digits/renamed_1.png").exists()
+
+
+@pytest.mark.parametrize("deaths", [1, 9])
+def test_a_kernel_that_dies_at_its_start_is_started_again(deaths, project, monkeypatch):
+    """As where two that start at the same moment choose the same port."""
+    left, execute_notebook = [deaths], papermill.execute_notebook
+
+    def dies(*arguments, **options):
+        left[0] -= 1
+        if left[0] >= 0:
+            raise RuntimeError("Kernel died before replying to kernel_info")
+        return execute_notebook(*arguments, **options)
+
+    monkeypatch.setattr(papermill, "execute_notebook", dies)
+    if deaths == 1:
+        run()
+        assert (project / "figures/digits/figure_1.png").exists()
+    else:
+        assert "no kernel could be started for 00_demo.ipynb" in fails()
+        assert not (project / "figures/digits").exists()
 
 
 def test_what_a_killed_process_had_half_written_does_not_stay(project):

@@ -34,6 +34,7 @@ NOTEBOOKS = ROOT / "notebooks"
 ON_A_GPU = 4  # processes
 CONTROL_GROUP = Path("/sys/fs/cgroup")  # limits of a container, on Linux
 PATIENCE = 5.0  # seconds that a helper waits for somebody to begin with its notebook
+STARTS = 3  # of a kernel, at most: two that start at the same moment may choose the same port, and one of them dies
 ROOM = 2.5 * 2**30  # bytes, a little more than the largest notebook takes
 
 
@@ -261,22 +262,30 @@ def _papermill(source: Path, copy: Path, parameters: dict[str, Any], staging: Pa
         os.environ.setdefault(pool, "1")  # threads that wait for each other on a busy core are far slower than one
     os.environ.setdefault("VAENB_PROGRESS", "bar" if sys.stderr.isatty() else "plain")
     try:
-        papermill.execute_notebook(
-            source,
-            copy,
-            parameters,
-            kernel_name="python3",
-            cwd=NOTEBOOKS,
-            progress_bar=False,
-            stderr_file=sys.stderr,
-            extra_arguments=["--IPKernelApp.log_level=CRITICAL"],  # no notes on each start and stop
-        )
+        for start in reversed(range(STARTS)):
+            try:
+                papermill.execute_notebook(
+                    source,
+                    copy,
+                    parameters,
+                    kernel_name="python3",
+                    cwd=NOTEBOOKS,
+                    progress_bar=False,
+                    stderr_file=sys.stderr,
+                    extra_arguments=["--IPKernelApp.log_level=CRITICAL"],  # no notes on each start and stop
+                )
+                break
+            except RuntimeError as error:  # of jupyter_client, which has no type of its own for it
+                if "Kernel died before replying" not in str(error) or not start:
+                    raise
     except NoSuchKernel:
         raise ExecutionError(
             "the Jupyter kernel 'python3' is missing from this environment: reinstall it with make clean and make figures"
         ) from None
     except DeadKernelError:
         raise ExecutionError(f"the kernel that ran {source.name} died; perhaps the machine ran out of memory") from None
+    except RuntimeError as error:
+        raise ExecutionError(f"no kernel could be started for {source.name}: {error}") from None
     except papermill.PapermillExecutionError as error:
         raise ExecutionError(f"{source.name}, cell {error.exec_count}: {error.ename}: {error.evalue}") from None
     book = nbformat.read(copy, as_version=4)
