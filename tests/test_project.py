@@ -191,7 +191,7 @@ def test_numbers_of_priors_in_the_readme_are_those_of_the_committed_figures():
     alike = _mean_and_deviation(likelihood["FC-VAE, 49, deep, jointly"]["negative_log_likelihood"])
     assert f"an FC-VAE\nis level with it**: {alike} nats (one seed; the deep model:" in readme
     middle = {rung: f"{distances[0]:.0f}" for rung, (_, distances) in worth["points"]["FCNN-VAE, 14×14"].items()}
-    assert f"from {middle['N(0, I)']} under N(0, I) to {middle['mixture']} with\na mixture of 76 and" in readme
+    assert f"from {middle['N(0, I)']} under N(0, I) to {middle['mixture']} with\na mixture of fewer Gaussians and" in readme
     assert f"and to {middle['flow matching']} with flow matching, where reconstructions of other images" in readme
     assert f"are at {worth['floors']['FCNN-VAE, 14×14']:.1f} (" in readme
     assert f"with {joint['parameters']['FC-VAE, 49, deep']:,} parameters in encoder and decoder" in readme

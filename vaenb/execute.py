@@ -262,7 +262,7 @@ def _papermill(source: Path, copy: Path, parameters: dict[str, Any], staging: Pa
         os.environ.setdefault(pool, "1")  # threads that wait for each other on a busy core are far slower than one
     os.environ.setdefault("VAENB_PROGRESS", "bar" if sys.stderr.isatty() else "plain")
     try:
-        for start in reversed(range(STARTS)):
+        for left in reversed(range(STARTS)):
             try:
                 papermill.execute_notebook(
                     source,
@@ -276,7 +276,7 @@ def _papermill(source: Path, copy: Path, parameters: dict[str, Any], staging: Pa
                 )
                 break
             except RuntimeError as error:  # of jupyter_client, which has no type of its own for it
-                if "Kernel died before replying" not in str(error) or not start:
+                if "Kernel died before replying" not in str(error) or not left:
                     raise
     except NoSuchKernel:
         raise ExecutionError(

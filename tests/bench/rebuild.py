@@ -3,9 +3,9 @@
     python tests/bench/rebuild.py [--seeds N]
 
 In a clone of HEAD with a run store of its own, by the same command as anybody's: ``make figures``. Run it on an idle
-machine; from nothing it takes forty minutes on two cores. With ``--seeds`` only from nothing, all notebooks, with as many
-seeds of everything; then it says which claims of the committed figures come out otherwise. On a GPU start NVIDIA's
-Multi-Process Service first (``nvidia-cuda-mps-control -d``).
+machine; from nothing it takes half an hour to an hour on two cores. With ``--seeds`` only from nothing, all notebooks,
+with as many seeds of everything; then it says which claims of the committed figures come out otherwise. On a GPU start
+NVIDIA's Multi-Process Service first (``nvidia-cuda-mps-control -d``).
 """
 
 import argparse
